@@ -1,0 +1,56 @@
+# Everything starts from Python 3.11 and pip; each target makes the environment that it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Whole groups of contract tests run on every supported series; `make test` has the newest.
+COMPAT := 4.57.6 5.17.0
+
+.PHONY: demo test test-compat lint format lab results benchmark clean
+
+demo: $(VENV)/.installed-eval
+	$(BIN)/python -m foveate.evaluation.demo demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+test-compat: $(COMPAT:%=test-compat-%)
+
+test-compat-%: .venv-%/.installed-test
+	.venv-$*/bin/python -c "import transformers; assert transformers.__version__ == '$*', transformers.__version__"
+	.venv-$*/bin/python -m pytest -m contract_core tests/contract
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lab: $(VENV)/.installed-test
+	$(BIN)/python -m foveate.lab.train
+	$(MAKE) results
+
+results: $(VENV)/.installed-test
+	$(BIN)/python -m foveate.lab.experiments
+	$(BIN)/python -m foveate.evaluation.results
+
+benchmark: $(VENV)/.installed-eval
+	$(BIN)/python -m foveate.evaluation.benchmark_compression
+
+$(VENV)/.installed-%: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+.venv-%/.installed-test: setup.cfg pyproject.toml
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-$*/bin/python -m pip install --quiet 'transformers==$*' --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv* demo build *.egg-info

@@ -1,0 +1,1 @@
+"""Configurations: one class a model, and the `compression` block with its validation."""

@@ -1,0 +1,114 @@
+"""The `compression` block of a config: what every method's settings share.
+
+A method's settings are a dataclass whose field names are the keys of the block in `config.json`. Unknown keys and wrong
+values raise a `ValueError` that names the field and the way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+
+Settings = TypeVar("Settings", bound="CompressionSettings")
+
+
+@dataclass
+class CompressionSettings:
+    """Settings that all methods have.
+
+    Args:
+        num_visual_tokens: tokens that an image is compressed to; what `None` means is the method's to say.
+    """
+
+    method: ClassVar[str]
+
+    num_visual_tokens: int | None = None
+
+    def __post_init__(self):
+        require_positive_int("num_visual_tokens", self.num_visual_tokens, optional=True)
+
+    @classmethod
+    def from_dict(cls: type[Settings], block: dict[str, Any] | Settings | None) -> Settings:
+        """Reads the block of a config. Raises `ValueError` for another method's block or an unknown setting."""
+        if isinstance(block, cls):
+            return block
+        block = dict(block or {})
+        method = block.pop("method", cls.method)
+        if method != cls.method:
+            raise ValueError(
+                f"This checkpoint's compression method is '{method}', not '{cls.method}': load it with the Auto classes, "
+                "which choose the right model."
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(block) - set(known))
+        if unknown:
+            raise ValueError(
+                f"Unknown compression setting '{unknown[0]}' for the method '{cls.method}'; it has: {', '.join(known)}."
+            )
+        return cls(**block)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.method, **dataclasses.asdict(self)}
+
+    def validate_for(self, num_patches: int) -> None:
+        """Checks the settings against the number of patches of an image. Raises `ValueError`."""
+        if self.num_visual_tokens is not None and self.num_visual_tokens > num_patches:
+            raise ValueError(
+                f"num_visual_tokens is {self.num_visual_tokens}, but an image has only {num_patches} patches: "
+                f"choose at most {num_patches}."
+            )
+
+
+def require_positive_int(name: str, value: Any, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1{' or null' if optional else ''}, not {value!r}.")
+
+
+def require_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, not {value!r}.")
+
+
+def require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(repr(c) for c in choices)}, not {value!r}.")
+
+
+class CompressionConfigMixin:
+    """What the config of every compressed model shares; mixed into a Transformers config class.
+
+    The class names follow from the config's: `LlavaRecoverableConfig` goes with `LlavaRecoverableModel`,
+    `LlavaRecoverableForConditionalGeneration` and `LlavaRecoverableProcessor`, in the modules of the same ending.
+    """
+
+    settings_class: ClassVar[type[CompressionSettings]]
+    compression: CompressionSettings
+
+    @classmethod
+    def remote_code_map(cls) -> dict[str, str]:
+        """The `auto_map` of a checkpoint: which class of the bundled code serves which Auto class."""
+        stem, module = cls.__name__.removesuffix("Config"), cls.model_type  # type: ignore[attr-defined]
+        generation = f"modeling_{module}.{stem}ForConditionalGeneration"
+        return {
+            "AutoConfig": f"configuration_{module}.{cls.__name__}",
+            "AutoProcessor": f"processing_{module}.{stem}Processor",
+            "AutoModel": f"modeling_{module}.{stem}Model",
+            "AutoModelForImageTextToText": generation,
+            "AutoModelForVision2Seq": generation,
+        }
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, which is also the number of visual tokens without compression."""
+        vision = self.vision_config  # type: ignore[attr-defined]
+        return (vision.image_size // vision.patch_size) ** 2
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()  # type: ignore[misc]
+        if isinstance(output.get("compression"), CompressionSettings):
+            output["compression"] = output["compression"].to_dict()
+        return output

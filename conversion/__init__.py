@@ -1,0 +1,1 @@
+"""Base checkpoint → compressed checkpoint, and the self-contained code that travels with it."""

@@ -1,0 +1,195 @@
+"""The hub bundle: the code of a model as flat files that load in a process in which foveate is not installed.
+
+In the package the files lie in rooms and import each other so: `from ..configuration.configuration_x import X`. A
+checkpoint's remote code is one flat folder: `from .configuration_x import X`. The bundle is made of the modules that
+the checkpoint's `auto_map` names, its entries, and of whatever they import within the package. Nothing but the dots and
+room names of those imports is changed, so the same package gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FoveateError
+
+
+ROOMS = ("configuration", "processing", "modeling")
+
+#: A relative import as it has to be written. Transformers finds the files of a bundle by a pattern of this kind, line
+#: by line, so an import in any other form would not be found.
+_IMPORT_LINE = re.compile(rb"(?P<indent>\s*)from (?P<module>\.+\w+(?:\.\w+)*) import\b")
+
+_INDIRECT_IMPORTS = """
+
+# Written by foveate's bundle. Transformers 4.57 copies, from a local folder, only the files that this one itself names;
+# these are the ones that they import in turn.
+if False:
+"""
+
+
+@dataclass(frozen=True)
+class FlatModule:
+    """A module as it lies in the bundle.
+
+    Attributes:
+        name: where it comes from, `foveate.modeling.modeling_x`.
+        code: its source with flat imports.
+        imports: names of the package's modules that it imports, sorted.
+    """
+
+    name: str
+    code: bytes
+    imports: tuple[str, ...]
+
+    @property
+    def flat_name(self) -> str:
+        return self.name.rpartition(".")[2]
+
+
+def entry_modules(config_class: type) -> list[str]:
+    """Names of the modules that a checkpoint's `auto_map` refers to.
+
+    Args:
+        config_class: config class of a compressed model; its `remote_code_map()` says which file holds which class.
+    """
+    package = config_class.__module__.split(".")[0]
+    files = {reference.partition(".")[0] for reference in config_class.remote_code_map().values()}
+    # A file's name begins with its room: configuration_x, processing_x, modeling_x.
+    return sorted(f"{package}.{file.partition('_')[0]}.{file}" for file in files)
+
+
+def write_bundle(entries: type | Iterable[str], folder: str | Path) -> list[Path]:
+    """Writes the flat code of a compressed model, or of some modules, and of all that they import within the package.
+
+    Args:
+        entries: the model's or its config's class, for all that its checkpoint needs; or names of modules that
+            Transformers will be pointed at.
+        folder: an existing folder; files of the same names are replaced.
+
+    Returns:
+        The files written, sorted.
+
+    Raises:
+        FoveateError: an import that a bundle can't have (of another room, of the package by name, of a whole room, in
+            a form that Transformers doesn't recognise), or two modules with the same flat name.
+    """
+    if isinstance(entries, type):
+        entries = entry_modules(getattr(entries, "config_class", None) or entries)
+    entry_names = set(entries)
+    modules = _collect(entry_names)
+    _require_unique_names(modules)
+    files = []
+    for name, module in sorted(modules.items()):
+        code = module.code + (_name_indirect_imports(module, modules) if name in entry_names else b"")
+        files.append(Path(folder) / f"{module.flat_name}.py")
+        files[-1].write_bytes(code)
+    return sorted(files)
+
+
+def _collect(names: Iterable[str]) -> dict[str, FlatModule]:
+    """Modules by name, with all that they import, directly or not."""
+    modules: dict[str, FlatModule] = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in modules:
+            modules[name] = _flatten(name)
+            waiting.extend(modules[name].imports)
+    return modules
+
+
+def _flatten(name: str) -> FlatModule:
+    """Reads a module and rewrites its relative imports."""
+    package, _, place = name.partition(".")
+    if len(place.split(".")) != 2 or place.split(".")[0] not in ROOMS:
+        raise FoveateError(f"{name} can't be in a bundle: only modules in {package}'s rooms {', '.join(ROOMS)} can.")
+    source = _read_source(name)
+    lines = source.splitlines(keepends=True)
+    imports = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            _forbid_package(name, package, node.lineno, (alias.name for alias in node.names))
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            _forbid_package(name, package, node.lineno, [node.module])
+        elif isinstance(node, ast.ImportFrom):
+            target = _resolve(name, node)
+            imports.add(target)
+            lines[node.lineno - 1] = _flat_import(name, node, lines[node.lineno - 1], target)
+    return FlatModule(name, b"".join(lines), tuple(sorted(imports)))
+
+
+def _read_source(name: str) -> bytes:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or not spec.has_location or not spec.origin.endswith(".py"):
+        raise FoveateError(f"{name} can't be in a bundle: there is no source file of that name.")
+    return Path(spec.origin).read_bytes()
+
+
+def _forbid_package(name: str, package: str, line: int, imported: Iterable[str]) -> None:
+    if any(module.split(".")[0] == package for module in imported):
+        raise FoveateError(
+            f"{name}, line {line}, imports {package} by name, which a bundle can't: write a relative import."
+        )
+
+
+def _resolve(name: str, node: ast.ImportFrom) -> str:
+    """Full name of the module that a relative import is from."""
+    room = name.rpartition(".")[0]
+    try:
+        target = importlib.util.resolve_name("." * node.level + (node.module or ""), room)
+    except ImportError:
+        target = "beyond the package"
+    if len(target.split(".")) < 3:
+        raise FoveateError(
+            f"{name}, line {node.lineno}, imports from {target}, which is no file that a bundle could hold: "
+            "import from the module itself."
+        )
+    return target
+
+
+def _flat_import(name: str, node: ast.ImportFrom, line: bytes, target: str) -> bytes:
+    """The line of a relative import with the place of the module reduced to `.module`."""
+    match = _IMPORT_LINE.match(line)
+    if match is None or match.end("indent") != node.col_offset:
+        raise FoveateError(
+            f"{name}, line {node.lineno}, has a relative import that Transformers would not find in remote code: "
+            "write `from .module import name` on a line of its own."
+        )
+    start, end = match.span("module")
+    return line[:start] + b"." + target.rpartition(".")[2].encode() + line[end:]
+
+
+def _require_unique_names(modules: dict[str, FlatModule]) -> None:
+    taken: dict[str, str] = {}
+    for name, module in sorted(modules.items()):
+        other = taken.setdefault(module.flat_name, name)
+        if other != name:
+            raise FoveateError(f"{other} and {name} would be the same file in a bundle: rename one.")
+
+
+def _name_indirect_imports(entry: FlatModule, modules: dict[str, FlatModule]) -> bytes:
+    """Code that does nothing but let Transformers see which further files an entry module needs; empty if none."""
+    reached = _collect_names(entry, modules)
+    indirect = sorted(modules[name].flat_name for name in reached - set(entry.imports) - {entry.name})
+    if not indirect:
+        return b""
+    return (_INDIRECT_IMPORTS + "".join(f"    from .{name} import *\n" for name in indirect)).encode()
+
+
+def _collect_names(entry: FlatModule, modules: dict[str, FlatModule]) -> set[str]:
+    """Names of all modules that an entry needs, its own among them."""
+    reached, waiting = set(), [entry.name]
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting.extend(modules[name].imports)
+    return reached

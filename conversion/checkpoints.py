@@ -1,0 +1,250 @@
+"""Reading checkpoints: where they are, their config, and their tensors by key, without building a model.
+
+A checkpoint is named by a folder, a model id on the Hugging Face hub, or `lab:NAME` for what ships with foveate.
+Everything is checked here, before anything is written: what can't be converted is refused with one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+from ..errors import FoveateError
+from ..lab import lab_folder
+
+
+LAB_PREFIX = "lab:"
+
+#: Files that make a tokenizer, of whatever kind; it has at least one of the first.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a safetensors header says of a tensor; `dtype` is the format's name for it ("BF16")."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file whose header fits its size."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return self.path.stat().st_size
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint; from the hub, with its small files only (see `fetch_weights`).
+
+    Args:
+        name: a folder, a hub id, or `lab:NAME`. The hub is asked as `huggingface_hub` is set up (offline, token).
+
+    Raises:
+        FoveateError: there is no such folder, and the hub and its cache don't have it either.
+    """
+    if str(name).startswith(LAB_PREFIX):
+        try:
+            return lab_folder(str(name).removeprefix(LAB_PREFIX))
+        except ValueError as error:
+            raise FoveateError(str(error)) from error
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FoveateError(f"{name} is a file: give the folder of the checkpoint that it is part of.")
+    return _download(name, _SMALL_FILES)
+
+
+def fetch_weights(name: str | Path, folder: Path, pickled: bool = False) -> None:
+    """Downloads the weights of a checkpoint that `find_checkpoint` found on the hub; does nothing for others.
+
+    Args:
+        name: as given to `find_checkpoint`.
+        folder: what it returned.
+        pickled: where the hub has no safetensors, take `pytorch_model.bin`.
+    """
+    if str(name).startswith(LAB_PREFIX) or Path(name).expanduser().is_dir():
+        return
+    commit = folder.name  # the hub's cache names a snapshot so
+    _download(name, ["*.safetensors"], commit)
+    if pickled and not _has_safetensors(folder):
+        _download(name, [WEIGHTS_NAME], commit)
+
+
+def _download(name: str | Path, patterns: list[str], commit: str | None = None) -> Path:
+    try:
+        return Path(snapshot_download(str(name), revision=commit, allow_patterns=patterns))
+    except Exception as error:  # the client raises many kinds, and others from version to version
+        raise FoveateError(
+            f"{name} is neither a folder nor a model on the hub that is cached here or can be fetched now "
+            f"({type(error).__name__}): check the name and the network."
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's `config.json` as it stands. Raises `FoveateError` where there is none or it is not JSON."""
+    return _read_json(folder / CONFIG_NAME, f"{folder} is not a checkpoint: it has no {CONFIG_NAME}.")
+
+
+def require_tokenizer(name: str | Path, folder: Path) -> None:
+    """Raises `FoveateError` where a checkpoint has no tokenizer: Transformers 5 would make an empty one."""
+    if not any((folder / file).exists() for file in VOCABULARY_FILES):
+        raise FoveateError(f"{name} has no tokenizer: none of {', '.join(VOCABULARY_FILES)} is there.")
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The safetensors files of a checkpoint, in the order of their names, each checked against its size.
+
+    Raises:
+        FoveateError: no safetensors, a file that is missing, truncated or not safetensors, a tensor that is in no file
+            or in two.
+    """
+    if (folder / SAFE_WEIGHTS_NAME).exists():  # Transformers prefers it to an index as well
+        return [_read_shard(folder / SAFE_WEIGHTS_NAME)]
+    if not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        raise FoveateError(_no_safetensors(folder))
+    weight_map = _read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map") or {}
+    names = sorted(set(weight_map.values()))
+    if not names or any(Path(name).name != name for name in names):
+        raise FoveateError(f"{folder / SAFE_WEIGHTS_INDEX_NAME} has no usable weight_map: download it again.")
+    shards = [_read_shard(folder / name) for name in names]
+    stored = Counter(key for shard in shards for key in shard.tensors)
+    if missing := sorted(set(weight_map) - set(stored)):
+        raise FoveateError(f"{folder} lacks the tensor {missing[0]} that its index lists: download it again.")
+    if twice := [key for key, count in stored.items() if count > 1]:
+        raise FoveateError(f"{folder} holds the tensor {min(twice)} in two files: save the checkpoint again.")
+    return shards
+
+
+def stored_dtype(shards: Iterable[Shard]) -> torch.dtype:
+    """The floating-point type that most values are stored in."""
+    values: Counter[str] = Counter()
+    for shard in shards:
+        for tensor in shard.tensors.values():
+            if tensor.dtype in _DTYPES:
+                values[tensor.dtype] += math.prod(tensor.shape)
+    return _DTYPES[values.most_common(1)[0][0]] if values else torch.float32
+
+
+def read_tensors(folder: Path, names: Collection[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Those of the named tensors that a checkpoint has, as `dtype`, read by key.
+
+    `pytorch_model.bin` is read where there is no safetensors file, without running pickled code.
+    """
+    if not _has_safetensors(folder) and (folder / WEIGHTS_NAME).exists():
+        stored = _read_pickled(folder / WEIGHTS_NAME)
+        return {name: stored[name].to(dtype).contiguous() for name in names if name in stored}
+    tensors = {}
+    for shard in read_shards(folder):
+        with safe_open(shard.path, framework="pt") as file:
+            tensors.update({name: file.get_tensor(name).to(dtype) for name in names if name in shard.tensors})
+    return tensors
+
+
+def _read_json(path: Path, if_missing: str | None = None) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FoveateError(if_missing or f"{path} is missing.") from None
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"{path} can't be read as JSON ({error}): download it again.") from error
+    if not isinstance(content, dict):
+        raise FoveateError(f"{path} can't be read: it holds no JSON object.")
+    return content
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+
+
+def _no_safetensors(folder: Path) -> str:
+    if (folder / WEIGHTS_NAME).exists() or (folder / WEIGHTS_INDEX_NAME).exists():
+        return f"{folder} has pickled weights only: load it with Transformers and save it as safetensors first."
+    return f"{folder} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} is there."
+
+
+def _read_shard(path: Path) -> Shard:
+    """Reads the header of a safetensors file. Raises `FoveateError` where it doesn't fit the file's size."""
+    if not path.is_file():
+        raise FoveateError(f"{path} is missing, though the index lists it: download it again.")
+    try:
+        tensors = _read_header(path)
+        with safe_open(path, framework="pt"):  # checks that the tensors lie side by side and end where the file ends
+            return Shard(path, tensors)
+    except FoveateError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FoveateError(f"{path} is not a valid safetensors file ({error}): download it again.") from error
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > _MAX_HEADER_BYTES:
+            raise FoveateError(f"{path} is not a safetensors file (a Git LFS pointer, perhaps): download it again.")
+        if size < 8 + header_bytes:
+            _raise_truncated(path, f"at least {8 + header_bytes}", size)
+        tensors = _parse_header(file.read(header_bytes))
+    expected = 8 + header_bytes + sum(tensor.num_bytes for tensor in tensors.values())
+    if size < expected:
+        _raise_truncated(path, str(expected), size)
+    return tensors
+
+
+def _parse_header(header: bytes) -> dict[str, StoredTensor]:
+    tensors = {}
+    for key, entry in json.loads(header).items():
+        if key != "__metadata__":
+            start, end = entry["data_offsets"]
+            tensors[key] = StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start)
+    return tensors
+
+
+def _raise_truncated(path: Path, expected: str, found: int) -> None:
+    raise FoveateError(f"{path} is truncated: expected {expected} bytes, found {found}; download it again.")
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        # Mapped, only what is chosen is read; files of before PyTorch 1.6 can't be.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise FoveateError(f"{path} can't be read safely ({type(error).__name__}): download it again.") from error

@@ -1,0 +1,292 @@
+"""Base checkpoint → compressed checkpoint that loads anywhere, without loading the base's weights.
+
+The base's weight files are copied byte for byte under the published names of their tensors; what the method adds goes
+into one small file more, and one index lists all. Config, processor, the model's code and the card lie beside them.
+What a method adds is what its model has and the base's has not, so a new method whose additions come from CLIP needs
+nothing here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from ..errors import FoveateError, first_sentence
+from ..lab import BASES as LAB_BASES
+from ..hub_cards.card import write_card
+from ..processing.question_processor import QUESTION_TOKENIZER_FOLDER
+from ..registry import METHODS, Backbone
+from .atomic_folder import atomic_folder, require_free
+from .bundle import write_bundle
+from .checkpoints import (
+    LAB_PREFIX,
+    TOKENIZER_FILES,
+    Shard,
+    fetch_weights,
+    find_checkpoint,
+    read_config,
+    read_shards,
+    require_tokenizer,
+    stored_dtype,
+)
+from .text_encoder import CLIP_MODULES, TextEncoder, open_text_encoder
+
+
+#: CLIP checkpoints that vision towers of base models came from, by (width, layers, image side, patch side).
+TEXT_ENCODERS = {(1024, 24, 336, 14): "openai/clip-vit-large-patch14-336"}
+
+#: How the weights of a base model's checkpoint are named on the hub: what the names begin with.
+PUBLISHED_NAMES = {"llava": ("language_model.model.", "vision_tower.vision_model.", "multi_modal_projector.")}
+
+_SMALL_FILES_BYTES = 32_000_000  # tokenizers, config, code, card: a generous guess
+
+
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """A checkpoint to convert.
+
+    Attributes:
+        name: as the user calls it.
+        config_dict: its `config.json` as it stands.
+        config: the same as Transformers reads it.
+    """
+
+    name: str
+    folder: Path
+    config_dict: dict[str, Any]
+    config: Any
+
+
+def convert(
+    base: str | Path,
+    out: str | Path,
+    method: str = "recoverable",
+    text_encoder: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Makes a checkpoint of a base model into one with visual token compression.
+
+    Args:
+        base: folder or hub id of a checkpoint in the llava-hf layout, or `lab:tiny-llava`.
+        out: the folder to write. It appears when it is complete, or not at all.
+        method: a name in `foveate.registry.METHODS`.
+        text_encoder: folder or hub id of the CLIP checkpoint whose text tower reads the question, for methods that do.
+            `None` takes the one that the base's vision tower came from, where that is known.
+        settings: fields of the config's `compression` block, for instance `{"num_visual_tokens": 64}`.
+
+    Returns:
+        The absolute path of `out`.
+
+    Raises:
+        FoveateError: `out` exists, a base or text encoder that is not fit or is damaged, an unknown method or setting,
+            a full disk. Nothing is left behind then.
+    """
+    out = Path(os.path.abspath(Path(out).expanduser()))
+    require_free(out)
+    # Small files first: what they tell need not wait for a download of the weights.
+    source, backbone = _open_base(base, method)
+    encoder = _open_text_encoder(source, backbone, method, text_encoder)
+    config = _make_config(source, backbone, encoder, {"method": method, **(settings or {})})
+    processor = _make_processor(source, backbone, encoder, config)
+
+    shards = _read_base_weights(source)
+    shapes = _added_parameters(source, backbone, config)
+    new = encoder.read_parameters(shapes, stored_dtype(shards)) if encoder else {}
+
+    num_bytes = sum(shard.num_bytes for shard in shards) + _num_bytes(new) + _SMALL_FILES_BYTES
+    with atomic_folder(out, num_bytes) as folder:
+        _write_weights(shards, new, folder)
+        _write_config(source, config, folder)
+        _write_processor(source, encoder, processor, folder)
+        write_bundle(backbone.config_class, folder)
+        write_card(folder, source.name)
+    return out
+
+
+def _open_base(name: str | Path, method: str) -> tuple[BaseCheckpoint, Backbone]:
+    """The base checkpoint, without its weights, and the registry's entry for its kind."""
+    if method not in METHODS:
+        raise FoveateError(f"There is no method '{method}': choose one of {', '.join(METHODS)}.")
+    folder = find_checkpoint(name)
+    config_dict = read_config(folder)
+    backbone = _choose_backbone(name, config_dict, method)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise FoveateError(f"{name}'s config can't be read: {first_sentence(error)}") from error
+    return BaseCheckpoint(str(name), folder, config_dict, config), backbone
+
+
+def _choose_backbone(name: str | Path, config_dict: dict[str, Any], method: str) -> Backbone:
+    """The registry's entry for a method and a base's `model_type`."""
+    model_type = config_dict.get("model_type")
+    if "compression" in config_dict:
+        raise FoveateError(f"{name} is compressed already ('{model_type}'): convert the base that it came from.")
+    backbones = {backbone.base_model_type: backbone for backbone in METHODS[method].backbones}
+    if model_type not in backbones:
+        found = f"a '{model_type}' checkpoint" if model_type else "of no known kind (its config has no model_type)"
+        raise FoveateError(f"{name} is {found}: the method '{method}' compresses {', '.join(backbones)}.")
+    if not isinstance(config_dict.get("vision_config"), dict):
+        raise FoveateError(
+            f"{name} calls itself '{model_type}' but has no vision_config: it has to be in Transformers' own "
+            "layout (for LLaVA, the llava-hf models on the hub)."
+        )
+    return backbones[model_type]
+
+
+def _open_text_encoder(
+    base: BaseCheckpoint, backbone: Backbone, method: str, name: str | Path | None
+) -> TextEncoder | None:
+    """The text encoder that the user names or that goes with the base; `None` for a method that reads no question."""
+    if "question_config" not in backbone.config_class.sub_configs:
+        if name is not None:
+            raise FoveateError(f"The method '{method}' reads no question: leave the text encoder {name} out.")
+        return None
+    tower = base.config.vision_config.model_type
+    if tower != "clip_vision_model":
+        raise FoveateError(f"{base.name} sees with a '{tower}': the method '{method}' needs a 'clip_vision_model'.")
+    return open_text_encoder(name or _default_text_encoder(base))
+
+
+def _default_text_encoder(base: BaseCheckpoint) -> str:
+    of_lab = {LAB_PREFIX + llava: LAB_PREFIX + clip for llava, clip in LAB_BASES.items()}
+    if base.name in of_lab:
+        return of_lab[base.name]
+    tower = base.config.vision_config
+    shape = (tower.hidden_size, tower.num_hidden_layers, tower.image_size, tower.patch_size)
+    if shape not in TEXT_ENCODERS:
+        raise FoveateError(
+            f"Which CLIP {base.name}'s vision tower came from is not known: name its checkpoint with --text-encoder."
+        )
+    return TEXT_ENCODERS[shape]
+
+
+def _make_config(
+    base: BaseCheckpoint, backbone: Backbone, encoder: TextEncoder | None, compression: dict[str, Any]
+) -> Any:
+    """The compressed model's config; its class checks the settings."""
+    fields = {key: value for key, value in base.config_dict.items() if key != "model_type"}
+    if encoder:
+        fields["question_config"] = encoder.config.to_dict()
+    try:
+        return backbone.config_class.from_dict({**fields, "compression": compression})
+    except ValueError as error:
+        raise FoveateError(first_sentence(error)) from error
+
+
+def _make_processor(base: BaseCheckpoint, backbone: Backbone, encoder: TextEncoder | None, config: Any) -> Any:
+    """The method's processor, of the parts and arguments of the base's, and the question's tokenizer."""
+    require_tokenizer(base.name, base.folder)
+    try:
+        stock = AutoProcessor.from_pretrained(base.folder)
+    except Exception as error:
+        raise FoveateError(f"{base.name}'s processor can't be read: {first_sentence(error)}") from error
+    names = inspect.signature(backbone.processor_class.__init__).parameters
+    arguments = {name: getattr(stock, name) for name in names if name != "self" and hasattr(stock, name)}
+    if encoder:
+        arguments["question_tokenizer"] = encoder.tokenizer
+    processor = backbone.processor_class(**arguments)
+    processor.set_compression(config.compression)
+    return processor
+
+
+def _read_base_weights(base: BaseCheckpoint) -> list[Shard]:
+    """The base's weight files, checked. Tensors are copied, never renamed, so they have to be named as on the hub."""
+    fetch_weights(base.name, base.folder)
+    shards = read_shards(base.folder)
+    keys = sorted(key for shard in shards for key in shard.tensors)
+    for prefix in PUBLISHED_NAMES.get(base.config.model_type, ()):
+        if not any(key.startswith(prefix) for key in keys):
+            nearest = max(keys, key=lambda key: len(os.path.commonprefix([prefix, key])), default="none")
+            raise FoveateError(
+                f"{base.name} has no weights named '{prefix}…', as published '{base.config.model_type}' checkpoints "
+                f"have (it has '{nearest}'): rename them first."
+            )
+    return shards
+
+
+def _added_parameters(base: BaseCheckpoint, backbone: Backbone, config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what the method's model has and the base's has not, from models without memory."""
+    with torch.device("meta"):
+        stock, compressed = AutoModel.from_config(base.config), backbone.model_class(config)
+    of_stock = {name.partition(".")[0] for name in stock.state_dict()}
+    added = {
+        name: tuple(tensor.shape)
+        for name, tensor in compressed.state_dict().items()
+        if name.partition(".")[0] not in of_stock
+    }
+    for name in added:
+        if name.partition(".")[0] not in CLIP_MODULES:
+            raise FoveateError(
+                f"A base can't be converted to '{config.model_type}' yet: nothing says how {name} begins."
+            )
+    return added
+
+
+def _write_weights(shards: list[Shard], new: dict[str, torch.Tensor], folder: Path) -> None:
+    """Copies the base's weight files, writes one for the new parameters, and the index of all.
+
+    The files are numbered as Transformers numbers shards, so that a later `save_pretrained` into the folder replaces
+    them all.
+    """
+    number = len(shards) + bool(new)
+    names = [f"model-{index:05d}-of-{number:05d}.safetensors" for index in range(1, number + 1)]
+    weight_map: dict[str, str] = {}
+    for shard, name in zip(shards, names):
+        shutil.copyfile(shard.path, folder / name)
+        weight_map.update(dict.fromkeys(shard.tensors, name))
+    if clash := sorted(weight_map.keys() & new.keys()):
+        raise FoveateError(f"The base has a tensor {clash[0]} already: is it a compressed model's?")
+    if new:
+        save_file(new, folder / names[-1], metadata={"format": "pt"})
+        shutil.copymode(folder / names[0], folder / names[-1])  # safetensors lets the owner alone read what it writes
+        weight_map.update(dict.fromkeys(new, names[-1]))
+    total_size = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors.values()) + _num_bytes(new)
+    _write_json({"metadata": {"total_size": total_size}, "weight_map": weight_map}, folder / SAFE_WEIGHTS_INDEX_NAME)
+
+
+def _write_config(base: BaseCheckpoint, config: Any, folder: Path) -> None:
+    """Writes the base's `config.json` as it stands, with what the method adds, and its generation config.
+
+    A config that Transformers 5 writes says some things (rotary embeddings, for one) in a way that 4.57 doesn't read.
+    As the base was published, every version reads it.
+    """
+    fields = config.to_diff_dict()
+    added = set(fields) - set(base.config.to_dict())
+    written = {**base.config_dict, **{key: fields[key] for key in added}, "model_type": config.model_type}
+    written["architectures"] = [config.auto_map["AutoModelForImageTextToText"].rpartition(".")[2]]
+    _write_json(written, folder / CONFIG_NAME)
+    _copy_if_there([GENERATION_CONFIG_NAME], base.folder, folder)
+
+
+def _write_processor(base: BaseCheckpoint, encoder: TextEncoder | None, processor: Any, folder: Path) -> None:
+    """Saves the processor; its tokenizers as they were published: 4.57 can't read what 5 writes of them."""
+    processor.save_pretrained(folder)
+    _copy_if_there(TOKENIZER_FILES, base.folder, folder)
+    if encoder:
+        _copy_if_there(TOKENIZER_FILES, encoder.folder, folder / QUESTION_TOKENIZER_FOLDER)
+
+
+def _copy_if_there(names: Iterable[str], source: Path, folder: Path) -> None:
+    for name in names:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_json(content: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

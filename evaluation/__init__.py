@@ -1,0 +1,1 @@
+"""Evaluation: the one harness, asking one question, pictures and benchmarks."""

@@ -1,0 +1,210 @@
+"""One question about one image: the answer, and what compression saves beside the uncompressed model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import FoveateError
+from ..lab.scenes import draw_scene, sample_scene
+from ..modeling.compatibility import iterate_cache_tensors
+from ..modeling.compressed_model import TokenProvenance
+from .harness import Checkpoint, open_checkpoint, require_writable
+from .picture import draw_compression, shown_image
+
+
+LAB_PREFIX = "lab:"
+_NUM_TIMINGS = 3
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What [`ask`] found out. Times are medians after a warm-up, measured side by side in one process.
+
+    Attributes:
+        answer: the model's words.
+        visual_tokens_before, visual_tokens_after: of the image, without and with compression.
+        time_to_first_token: seconds from model inputs to the first token, vision tower and text encoder included.
+        kv_bytes: size of the KV cache after the prompt.
+        kv_bytes_uncompressed: what an uncompressed model's cache holds by account, from the config and the tokens.
+        base_answer, base_time_to_first_token, base_kv_bytes: of the base that was compared with, else `None`.
+        picture: the file that shows what became of each patch, else `None`.
+    """
+
+    question: str
+    answer: str
+    visual_tokens_before: int
+    visual_tokens_after: int
+    time_to_first_token: float
+    kv_bytes: int
+    kv_bytes_uncompressed: int
+    base_answer: str | None = None
+    base_time_to_first_token: float | None = None
+    base_kv_bytes: int | None = None
+    picture: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def ask(
+    checkpoint: str | Path,
+    image: str | Path | Image.Image,
+    question: str,
+    compare: str | Path | None = None,
+    show: str | Path | None = None,
+    max_new_tokens: int = 32,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> Answer:
+    """Asks a checkpoint a question about an image.
+
+    Args:
+        checkpoint: a folder, a hub id, or `lab:NAME`; compressed, or a base.
+        image: a path, a picture, or `lab:NUMBER` for a test scene of the lab.
+        question: what to ask; it also guides the compression where the method is guided.
+        compare: a checkpoint of the uncompressed model that is asked and timed as well, in the same dtype.
+        show: where to save a picture of what became of each patch.
+        max_new_tokens: longest answer.
+        dtype, device: "auto" takes the checkpoint's own; `None` takes the GPU when there is one.
+
+    Raises:
+        FoveateError: no question, an image that can't be read, a checkpoint that can't be loaded, a picture that can't
+            be saved under that name.
+        ValueError: an image in which nothing could be seen.
+    """
+    if not question.strip():
+        raise FoveateError("There is no question: say what you want to know about the image.")
+    if max_new_tokens < 1:
+        raise FoveateError(f"max_new_tokens is {max_new_tokens}: it has to be at least 1.")
+    if show is not None:
+        _require_picture_name(Path(show))
+    picture = open_image(image)
+    asked = _Asked(open_checkpoint(checkpoint, dtype=dtype, device=device), picture, question)
+    base = None
+    if compare is not None:
+        base = _Asked(open_checkpoint(compare, dtype=asked.model.dtype, device=device), picture, question)
+
+    times = _times_to_first_token([asked, base] if base else [asked])
+    provenance = asked.provenance()
+    after, before = provenance.weights.shape
+    answer = asked.answer(max_new_tokens)
+    if show is not None:
+        shown = shown_image(asked.inputs["pixel_values"], asked.checkpoint.processor.image_processor)
+        patch_size = asked.model.config.vision_config.patch_size
+        drawn = draw_compression(shown, provenance, patch_size, question, answer)
+        Path(show).parent.mkdir(parents=True, exist_ok=True)
+        drawn.save(show)
+    return Answer(
+        question=question,
+        answer=answer,
+        visual_tokens_before=before,
+        visual_tokens_after=after,
+        time_to_first_token=times[0],
+        kv_bytes=asked.kv_bytes,
+        kv_bytes_uncompressed=kv_bytes_by_account(
+            asked.model.config.text_config, asked.num_text_tokens + before, asked.model.dtype
+        ),
+        base_answer=base.answer(max_new_tokens) if base else None,
+        base_time_to_first_token=times[1] if base else None,
+        base_kv_bytes=base.kv_bytes if base else None,
+        picture=str(show) if show is not None else None,
+    )
+
+
+def _require_picture_name(path: Path) -> None:
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise FoveateError(f"{path} is no name for a picture: let it end in .png.")
+    require_writable(path)
+
+
+class _Asked:
+    """A checkpoint with the inputs of one question."""
+
+    def __init__(self, checkpoint: Checkpoint, image: Image.Image, question: str):
+        self.checkpoint, self.model = checkpoint, checkpoint.model
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        self.inputs = checkpoint.encode([[{"role": "user", "content": content}]], [image])
+        self.kv_bytes = 0
+
+    @property
+    def num_placeholders(self) -> int:
+        return int((self.inputs["input_ids"] == self.model.config.image_token_id).sum())
+
+    @property
+    def num_text_tokens(self) -> int:
+        return self.inputs["input_ids"].shape[1] - self.num_placeholders
+
+    def generate(self, max_new_tokens: int) -> Any:
+        pad = self.checkpoint.processor.tokenizer.pad_token_id
+        return self.model.generate(
+            **self.inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+        )
+
+    def first_token(self) -> float:
+        """Seconds to the first token. What the prompt left in the cache is counted on the way."""
+        start = time.perf_counter()
+        output = self.generate(1)
+        output.sequences.cpu()  # waits for the device
+        seconds = time.perf_counter() - start
+        self.kv_bytes = sum(tensor.nbytes for tensor in iterate_cache_tensors(output.past_key_values))
+        return seconds
+
+    def answer(self, max_new_tokens: int) -> str:
+        sequences = self.generate(max_new_tokens).sequences
+        return self.checkpoint.decode(sequences, self.inputs["input_ids"].shape[1])[0]
+
+    def provenance(self) -> TokenProvenance:
+        """What the visual tokens are made of; in a model that doesn't compress, each of one patch."""
+        if self.checkpoint.is_compressed:
+            return self.model(**self.inputs, output_compression=True, logits_to_keep=1).compression[0]
+        number = self.num_placeholders
+        return TokenProvenance(torch.eye(number), torch.ones(number, dtype=torch.long), ("dropped", "kept"))
+
+
+def _times_to_first_token(asked: Iterable[_Asked]) -> list[float]:
+    """Median seconds of each; they take turns, so that what else the machine does falls on all of them."""
+    rounds = [[one.first_token() for one in asked] for _ in range(1 + _NUM_TIMINGS)][1:]
+    return [statistics.median(times) for times in zip(*rounds)]
+
+
+def kv_bytes_by_account(text_config: Any, num_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of `num_tokens` tokens in a language model of this config."""
+    heads = text_config.num_key_value_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return num_tokens * text_config.num_hidden_layers * 2 * heads * head_dim * dtype.itemsize
+
+
+def open_image(image: str | Path | Image.Image) -> Image.Image:
+    """A picture the right way up, from a path, `lab:NUMBER` or a picture.
+
+    Raises:
+        FoveateError: there is no such file, or it is not an image, or a damaged one.
+    """
+    if isinstance(image, str) and image.startswith(LAB_PREFIX):
+        index = image.removeprefix(LAB_PREFIX)
+        if not index.isdecimal():
+            raise FoveateError(f"{image} is no scene of the lab: give a number, for instance lab:0.")
+        return draw_scene(sample_scene("test", int(index)))
+    try:
+        picture = image if isinstance(image, Image.Image) else Image.open(Path(image).expanduser())
+        return ImageOps.exif_transpose(picture)  # reads it to the end
+    except UnidentifiedImageError as error:
+        raise FoveateError(f"{image} is not an image in a format that can be read.") from error
+    except Image.DecompressionBombError as error:
+        raise FoveateError(f"{image} has too many pixels to be opened safely: make it smaller first.") from error
+    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: what Pillow calls a broken PNG
+        reason = getattr(error, "strerror", None) or error
+        raise FoveateError(f"The image {image} can't be read: {reason}.") from error

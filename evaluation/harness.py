@@ -1,0 +1,449 @@
+"""The one harness that every method's results go through: a checkpoint answers the questions of a task.
+
+A task is a stream of examples, an image and the turns asked about it; `TASKS` names them. Answers come from batched
+greedy decoding and are compared exactly. What comes out is a dictionary fit for JSON, from which `results.py` makes
+tables and plots; all of it but `timing` is the same when the same command runs again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import platform
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..conversion.checkpoints import fetch_weights, find_checkpoint, read_shards
+from ..errors import FoveateError, first_sentence
+from ..lab.scenes import QUESTION_TYPES, ask_questions, draw_scene, sample_scene
+from ..modeling.compressed_model import CompressedModelMixin
+from ..modeling.logical_cache import LogicalCache
+from .metrics import exact_match, share_of
+
+
+DEFAULT_BATCH_SIZE = 32
+MAX_NEW_TOKENS = 8  # the lab's answers are one to three words
+
+
+# Tasks
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, its right answer, and the type that results are broken down by."""
+
+    question: str
+    answer: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image and what is asked about it, turn after turn."""
+
+    image: Image.Image
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a checkpoint is asked.
+
+    Args:
+        title: for readers.
+        examples: (number, seed) → at most `number` examples, the same ones each time.
+        num_examples: how many are asked where the user names no limit.
+    """
+
+    title: str
+    examples: Callable[[int, int], Iterable[Example]]
+    num_examples: int
+
+
+def lab_questions(number: int, seed: int) -> Iterator[Example]:
+    """Single questions about test scenes, one a scene, the types in rotation."""
+    return _lab_examples(number, seed, num_turns=1)
+
+
+def lab_dialogues(number: int, seed: int) -> Iterator[Example]:
+    """Three questions of different types about each test scene; over the dialogues every turn has all types."""
+    return _lab_examples(number, seed, num_turns=3)
+
+
+def _lab_examples(number: int, seed: int, num_turns: int) -> Iterator[Example]:
+    index = -1
+    for example in range(number):
+        wanted = [QUESTION_TYPES[(example + turn) % len(QUESTION_TYPES)] for turn in range(num_turns)]
+        found: list = []
+        while [question.type for question in found] != wanted:  # a scene without a word has nothing to read
+            index += 1
+            scene = sample_scene("test", index, seed=seed)
+            found = ask_questions(scene, wanted)
+        yield Example(draw_scene(scene), tuple(Turn(q.question, q.answer, q.type) for q in found))
+
+
+TASKS: dict[str, Task] = {
+    "lab-vqa": Task("single questions about the lab's test scenes", lab_questions, 1200),
+    "lab-dialogue": Task("dialogues of three turns about the lab's test scenes", lab_dialogues, 400),
+}
+
+
+# The checkpoint
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint, compressed or not.
+
+    Attributes:
+        name: as the user calls it.
+        folder: where its files are.
+        model, processor: ready to run; the processor pads on the left.
+    """
+
+    name: str
+    folder: Path
+    model: Any
+    processor: Any
+
+    @property
+    def is_compressed(self) -> bool:
+        return isinstance(self.model, CompressedModelMixin)
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """The `compression` block as it is now; `None` for a model without."""
+        return self.model.config.compression.to_dict() if self.is_compressed else None
+
+    @property
+    def method(self) -> str:
+        """Name of the method, "none" for a model without."""
+        return self.settings["method"] if self.settings else "none"
+
+    def encode(self, conversations: list[list[dict[str, Any]]], images: list[Image.Image]) -> Any:
+        """Model inputs of chats, one image each, with the turn of the assistant opened."""
+        prompts = self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+        inputs = self.processor(images=images, text=prompts, padding=True, return_tensors="pt")
+        return inputs.to(self.model.device, self.model.dtype)
+
+    def decode(self, sequences: torch.Tensor, prompt_length: int) -> list[str]:
+        """The texts after the prompts, which `generate` returns in front of them."""
+        answers = self.processor.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
+    def content_hash(self) -> str:
+        """The first 16 hex digits of a SHA-256 over config and weight files, wherever they lie."""
+        digest = hashlib.sha256()
+        for path in [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+        return digest.hexdigest()[:16]
+
+
+def open_checkpoint(
+    name: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> Checkpoint:
+    """Loads a compressed checkpoint or a base for evaluation.
+
+    Args:
+        name: a folder, a hub id, or `lab:NAME`.
+        settings: changes to the compression, as `set_compression` takes them.
+        dtype: "auto" takes the checkpoint's own.
+        device: `None` takes the GPU when there is one.
+
+    Raises:
+        FoveateError: there is no such checkpoint, it is damaged or not an image-text model, or settings for a model
+            that doesn't compress.
+        ValueError: a setting that doesn't exist or is out of range.
+    """
+    device, dtype = _device(device), _dtype(dtype)
+    folder = find_checkpoint(name)
+    fetch_weights(name, folder)
+    read_shards(folder)  # a truncated file is told apart here, before a loader trips over it
+    model: Any
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # loaders raise many kinds; a config can be wrong in any way
+        raise FoveateError(f"{name} can't be loaded as an image-text model: {first_sentence(error)}") from error
+    processor.tokenizer.padding_side = "left"
+    checkpoint = Checkpoint(str(name), folder, model.eval().to(device), processor)
+    if settings and not checkpoint.is_compressed:
+        raise FoveateError(f"{name} doesn't compress, so there is no {', '.join(settings)} to set: convert it first.")
+    if settings:
+        model.set_compression(processor, **settings)
+    return checkpoint
+
+
+def _dtype(name: str | torch.dtype) -> str | torch.dtype:
+    found = name if name == "auto" or isinstance(name, torch.dtype) else getattr(torch, name, None)
+    if found != "auto" and not isinstance(found, torch.dtype):
+        raise FoveateError(f"There is no dtype '{name}': choose auto, float32, bfloat16 or float16.")
+    return found
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # no such name, or no such device in this machine or build
+        raise FoveateError(f"There is no device '{device}' here: leave it out, or choose cpu.") from error
+
+
+def visual_tokens_kept(cache: Any, is_placeholder: torch.Tensor) -> torch.Tensor:
+    """How many visual tokens of each row the language model kept, read from the cache that a prompt left behind.
+
+    Args:
+        cache: `past_key_values` after `generate`, of a compressed model or a stock one.
+        is_placeholder: (rows, prompt length) bool.
+
+    Returns:
+        (rows,) int64.
+    """
+    if not isinstance(cache, LogicalCache) or cache.source is None:
+        return is_placeholder.sum(1)
+    length = is_placeholder.shape[1]
+    in_prompt = (cache.source >= 0) & (cache.source < length)
+    return (is_placeholder.gather(1, cache.source.clamp(0, length - 1)) & in_prompt).sum(1)
+
+
+# Asking
+
+
+@dataclass
+class _Tally:
+    """What was found out so far, an entry a question and, for the tokens, an entry an image."""
+
+    hits: list[bool] = field(default_factory=list)
+    types: list[str] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    visual_tokens: list[int] = field(default_factory=list)
+
+    def scores(self) -> dict[str, Any]:
+        """The accuracies of a result. Turns of a dialogue count as independent in the interval of the whole."""
+        scores: dict[str, Any] = {"exact_match": share_of(self.hits), "by_type": self._shares_by(self.types)}
+        if max(self.turns) > 0:
+            scores["by_turn"] = list(self._shares_by(self.turns).values())
+        return scores
+
+    def _shares_by(self, keys: list) -> dict[Any, Any]:
+        groups: dict[Any, list[bool]] = {}
+        for key, hit in zip(keys, self.hits):
+            groups.setdefault(key, []).append(hit)
+        return {key: share_of(hits) for key, hits in groups.items()}
+
+
+@torch.inference_mode()
+def _ask_batch(checkpoint: Checkpoint, examples: list[Example], tally: _Tally) -> None:
+    """Asks a batch of examples turn by turn; the model's own answers stay in the conversation."""
+    conversations: list[list[dict[str, Any]]] = [[] for _ in examples]
+    for turn in range(max(len(example.turns) for example in examples)):
+        rows = [row for row, example in enumerate(examples) if turn < len(example.turns)]
+        for row in rows:
+            picture = [{"type": "image"}] if turn == 0 else []
+            text = {"type": "text", "text": examples[row].turns[turn].question}
+            conversations[row].append({"role": "user", "content": [*picture, text]})
+        answers, visual_tokens = _generate(
+            checkpoint, [conversations[row] for row in rows], [examples[row].image for row in rows]
+        )
+        if turn == 0:
+            tally.visual_tokens += visual_tokens
+        for row, answer in zip(rows, answers):
+            asked = examples[row].turns[turn]
+            conversations[row].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            tally.hits.append(exact_match(answer, asked.answer))
+            tally.types.append(asked.type)
+            tally.turns.append(turn)
+
+
+def _generate(checkpoint: Checkpoint, conversations: list, images: list[Image.Image]) -> tuple[list[str], list[int]]:
+    """Answers, and the number of visual tokens of each row."""
+    inputs = checkpoint.encode(conversations, images)
+    output = checkpoint.model.generate(
+        **inputs,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=checkpoint.processor.tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+    )
+    is_placeholder = inputs["input_ids"] == checkpoint.model.config.image_token_id
+    kept = visual_tokens_kept(output.past_key_values, is_placeholder)
+    return checkpoint.decode(output.sequences, is_placeholder.shape[1]), kept.tolist()
+
+
+def evaluate(
+    checkpoint: str | Path,
+    task: str = "lab-vqa",
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    output: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    method_label: str | None = None,
+) -> dict[str, Any]:
+    """Asks a checkpoint the questions of a task, and counts right answers and visual tokens.
+
+    Args:
+        checkpoint: a folder, a hub id, or `lab:NAME`; compressed, or a base to compare with.
+        task: a name in `TASKS`.
+        limit: number of examples (questions, or dialogues), the task's own number if `None`.
+        seed: chooses other scenes and questions.
+        batch_size: examples at a time.
+        output: a JSON file for the result, written when all is done, or not at all.
+        settings: changes to the compression for this run, as `set_compression` takes them.
+        dtype, device: as in [`open_checkpoint`].
+        progress: whether to show a bar, on stderr.
+        method_label: how tables call the run; the method's name, "base" for a model without, if `None`.
+
+    Returns:
+        `command`, `task`, `n` (examples), `seed`, `checkpoint`, `checkpoint_hash`, `label`, `method`, `compression`,
+        `dtype`; `exact_match`, `by_type` and, for dialogues, `by_turn` (each with value, 95 % Wilson interval and n);
+        `base_visual_tokens` and `mean_visual_tokens` (an image); `versions`; and `timing`.
+
+    Raises:
+        FoveateError: bad input, in one sentence; before anything is computed.
+    """
+    number = _check(task, limit, seed, batch_size, output)
+    opened = open_checkpoint(checkpoint, settings, dtype, device)
+    tally, start = _Tally(), time.perf_counter()
+    with _progress_bar(progress) as bar:
+        shown = bar.add_task(task, total=number)
+        examples = iter(TASKS[task].examples(number, seed))
+        while batch := list(islice(examples, batch_size)):
+            _ask_batch(opened, batch, tally)
+            so_far = f"{task} {sum(tally.hits) / len(tally.hits):.1%}"
+            bar.update(shown, advance=len(batch), description=so_far)
+    seconds = time.perf_counter() - start
+
+    kept = sum(tally.visual_tokens) / len(tally.visual_tokens)
+    result = {
+        "command": _command(checkpoint, task, limit, seed, batch_size, output, settings, dtype, method_label),
+        "task": task,
+        "n": len(tally.visual_tokens),
+        "seed": seed,
+        "checkpoint": str(checkpoint),
+        "checkpoint_hash": opened.content_hash(),
+        "label": method_label or (opened.method if opened.is_compressed else "base"),
+        "method": opened.method,
+        "compression": opened.settings,
+        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        **tally.scores(),
+        "base_visual_tokens": float(opened.model.config.num_patches) if opened.is_compressed else kept,
+        "mean_visual_tokens": kept,
+        "versions": versions(),
+        "timing": {"seconds": round(seconds, 3), "device": opened.model.device.type},
+    }
+    if output is not None:
+        write_json(result, Path(output))
+    return result
+
+
+def _check(task: str, limit: int | None, seed: int, batch_size: int, output: str | Path | None) -> int:
+    """The number of examples; raises `FoveateError` for what can be known to be wrong before the model is loaded."""
+    if task not in TASKS:
+        raise FoveateError(f"There is no task '{task}': choose one of {', '.join(TASKS)}.")
+    number = TASKS[task].num_examples if limit is None else limit
+    for name, value, least in (("limit", number, 1), ("seed", seed, 0), ("batch size", batch_size, 1)):
+        if value < least:
+            raise FoveateError(f"The {name} is {value}: it has to be at least {least}.")
+    if output is not None:
+        require_writable(Path(output))
+    return number
+
+
+def _progress_bar(enabled: bool) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not enabled)
+
+
+# What a result says of itself
+
+
+def _command(
+    checkpoint: str | Path,
+    task: str,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    output: str | Path | None,
+    settings: Mapping[str, Any] | None,
+    dtype: str | torch.dtype,
+    method_label: str | None,
+) -> str:
+    """The command line that does the same."""
+    words = ["foveate", "evaluate", str(checkpoint), "--task", task]
+    words += ["--limit", str(limit)] if limit is not None else []
+    words += ["--seed", str(seed)]
+    words += [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={_as_option(value)}")]
+    words += ["--batch-size", str(batch_size)] if batch_size != DEFAULT_BATCH_SIZE else []
+    words += ["--dtype", str(dtype).removeprefix("torch.")] if dtype != "auto" else []
+    words += ["--label", method_label] if method_label else []
+    words += ["--json", str(output)] if output is not None else []
+    return shlex.join(words)
+
+
+def _as_option(value: Any) -> str:
+    """A setting as `--set` reads it: JSON, or else plain text."""
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+    return json.dumps(value)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    foveate = importlib.import_module(__name__.split(".")[0])
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "foveate": foveate.__version__,
+    }
+
+
+def require_writable(path: Path) -> None:
+    """Raises `FoveateError` where a file can't be written later."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        raise FoveateError(f"{path} is a folder: give the name of a file.")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise FoveateError(f"{path} can't be written: {folder} is no folder that can be written to.")
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Writes a JSON file that is there as a whole or not at all; folders above it are made. Raises `FoveateError`."""
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise FoveateError(f"{path} can't be written: {error.strerror}.") from error
+    finally:
+        partial.unlink(missing_ok=True)

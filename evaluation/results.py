@@ -1,0 +1,270 @@
+"""`python -m foveate.evaluation.results`: tables and plots of the lab's results, from the JSON files alone.
+
+It reads every file of `lab/results/`: what `foveate evaluate --json` wrote, and `training.json`, the lab's own account
+of its training; and writes `lab/RESULTS.md` and the plots beside the files. A new method adds files, not code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .. import lab
+from ..errors import FoveateError
+from .harness import TASKS
+
+
+LAB_FOLDER = Path(lab.__file__).parent
+TRAINING_FILE = "training.json"
+_HEAD = """# Results
+
+Made by `python -m foveate.evaluation.results` from the files in `{folder}/`; don't edit by hand. Answers are compared
+exactly; intervals are 95 % (Wilson). Test scenes use handwritten digits that training never saw.
+"""
+_NEEDED = {
+    "command",
+    "task",
+    "n",
+    "seed",
+    "label",
+    "method",
+    "compression",
+    "exact_match",
+    "by_type",
+    "mean_visual_tokens",
+}
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """All results that `evaluate` wrote into a folder, bases first, then by method, label, visual tokens and seed.
+
+    Raises:
+        FoveateError: a file that is not such a result.
+    """
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name == TRAINING_FILE:
+            continue
+        result = _read(path)
+        if missing := sorted(_NEEDED - set(result)):
+            raise FoveateError(f"{path} is no result of `foveate evaluate`: it lacks '{missing[0]}'.")
+        results.append(result)
+    return sorted(results, key=_order)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"{path} can't be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise FoveateError(f"{path} can't be read: it holds no JSON object.")
+    return content
+
+
+def _order(result: dict[str, Any]) -> tuple:
+    is_compressed = result["compression"] is not None
+    return is_compressed, result["method"], result["label"], -result["mean_visual_tokens"], result["seed"]
+
+
+def _task_order(task: str) -> tuple[int, str]:
+    return ([*TASKS, task].index(task), task)
+
+
+# Tables
+
+
+def task_section(task: str, results: list[dict[str, Any]], plot_link: str) -> str:
+    """The plot, the table and what all its rows share, in Markdown.
+
+    Args:
+        task: what all `results` are of.
+        plot_link: where the plot is, seen from the page.
+    """
+    title = f"{task}: {TASKS[task].title}" if task in TASKS else task
+    methods = {result["method"]: None for result in results if result["compression"]}
+    notes = [f"Measured with {'; '.join(sorted({_versions(result) for result in results}))}."]
+    for method in methods:
+        if common := _common_settings([result for result in results if result["method"] == method]):
+            notes.append(f"All rows of the method {method} have {_settings(common)}.")
+    return "\n".join([f"## {title}\n", f"![{task}]({plot_link})\n", table(results), " ".join(notes) + "\n"])
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table, a row a result of one task; settings that all rows of a method share are left out."""
+    types = list(dict.fromkeys(name for result in results for name in result["by_type"]))
+    turns = max(len(result.get("by_turn", ())) for result in results)
+    titles = ["method", "settings", "visual tokens", "exact match, %", "n", "seed"]
+    titles += [f"turn {turn + 1}" for turn in range(turns)] + types + ["command"]
+    rows = []
+    for result in results:
+        alike = _common_settings([other for other in results if other["method"] == result["method"]])
+        own = {key: value for key, value in (result["compression"] or {}).items() if key not in alike}
+        rows.append(_row(result, own, types, turns))
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _row(result: dict[str, Any], settings: dict[str, Any], types: Iterable[str], turns: int) -> list[str]:
+    by_turn = dict(enumerate(result.get("by_turn", ())))
+    return [
+        _escape(result["label"]),
+        _settings(settings),
+        f"{result['mean_visual_tokens']:.1f}",
+        _share(result["exact_match"]),
+        str(result["n"]),
+        str(result["seed"]),
+        *(_share(by_turn.get(turn)) for turn in range(turns)),
+        *(_share(result["by_type"].get(name)) for name in types),
+        f"`{_escape(result['command'])}`",
+    ]
+
+
+def _common_settings(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the compression of all results has alike."""
+    first, *others = (result["compression"] or {} for result in results)
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+
+
+def _share(share: dict[str, Any] | None) -> str:
+    if share is None:
+        return ""
+    low, high = (100 * bound for bound in share["interval"])
+    return f"{100 * share['value']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    words = [f"{key}={_escape(value)}" for key, value in settings.items() if key != "method"]
+    return ", ".join(words) or "–"
+
+
+def _escape(value: Any) -> str:
+    return (value if isinstance(value, str) else json.dumps(value)).replace("|", r"\|").replace("\n", " ")
+
+
+def training_section(content: dict[str, Any]) -> str:
+    """The lab's account of its training, in Markdown: a table for each stage or other group of numbers."""
+    single = {key: value for key, value in content.items() if not isinstance(value, dict)}
+    groups = {"": single, **{key: value for key, value in content.items() if isinstance(value, dict)}}
+    parts = ["## Training of the lab model\n"]
+    for name, values in groups.items():
+        rows = [f"| {key.replace('_', ' ')} | {_number(value)} |" for key, value in _flat(values)]
+        if rows:
+            title = [f"### {name.replace('_', ' ').capitalize()}\n"] if name else []
+            parts += [*title, "\n".join(["| | |", "| --- | --- |", *rows]) + "\n"]
+    return "\n".join(parts)
+
+
+def _flat(values: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Groups within groups become "outer: inner"; a share with its interval stays whole."""
+    for key, value in values.items():
+        if isinstance(value, dict) and not {"value", "interval"} <= value.keys():
+            yield from ((f"{key}: {inner}", found) for inner, found in _flat(value))
+        else:
+            yield key, value
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{_share(value)} %"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return _escape(value)
+
+
+# Plots
+
+
+def plot(task: str, results: list[dict[str, Any]], path: Path) -> None:
+    """Exact match over the mean number of visual tokens, with intervals, a colour a label; a base is a dashed line too.
+
+    Args:
+        task: the title.
+        results: of one task.
+        path: the PNG to write, the same bytes for the same results.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=130, layout="constrained")
+    for index, label in enumerate(dict.fromkeys(result["label"] for result in results)):
+        runs = [result for result in results if result["label"] == label]
+        is_base = runs[0]["compression"] is None
+        colour = "#444444" if is_base else f"C{index % 10}"
+        _draw_runs(axes, label, runs, colour)
+        if is_base:
+            axes.axhline(100 * runs[0]["exact_match"]["value"], color=colour, linestyle="--", linewidth=1, zorder=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(title=task, xlabel="visual tokens an image (mean)", ylabel="exact match, % (95 % interval)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _draw_runs(axes: Any, label: str, runs: list[dict[str, Any]], colour: str) -> None:
+    points = []
+    for run in runs:
+        value, (low, high) = run["exact_match"]["value"], run["exact_match"]["interval"]
+        points.append((run["mean_visual_tokens"], 100 * value, 100 * (value - low), 100 * (high - value)))
+    tokens, values, below, above = zip(*sorted(points))
+    # No line: runs of one label may be other seeds of one setting.
+    axes.errorbar(tokens, values, yerr=(below, above), label=label, color=colour, fmt="o", capsize=3, markersize=5)
+
+
+def write_results(folder: Path = LAB_FOLDER / "results", out: Path = LAB_FOLDER / "RESULTS.md") -> list[Path]:
+    """Writes the page and a plot for each task.
+
+    Args:
+        folder: where the JSON files are; the plots go there too.
+        out: the page.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FoveateError: there is nothing to report, or a file that can't be read.
+    """
+    results, training = read_results(folder), folder / TRAINING_FILE
+    if not results and not training.exists():
+        raise FoveateError(
+            f"There are no results in {folder}: run `foveate evaluate … --json {folder}/NAME.json` first."
+        )
+    shown = folder.relative_to(out.parent).as_posix() if folder.is_relative_to(out.parent) else folder.as_posix()
+    parts, plots = [_HEAD.format(folder=shown)], []
+    if training.exists():
+        parts.append(training_section(_read(training)))
+    for task in sorted({result["task"] for result in results}, key=_task_order):
+        of_task = [result for result in results if result["task"] == task]
+        plots.append(folder / f"{task}.png")
+        plot(task, of_task, plots[-1])
+        parts.append(task_section(task, of_task, f"{shown}/{plots[-1].name}"))
+    out.write_text("\n".join(parts), encoding="utf-8")
+    return [out, *plots]
+
+
+def _versions(result: dict[str, Any]) -> str:
+    found = {**result.get("versions", {}), "dtype": result.get("dtype", "?")}
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m foveate.evaluation.results", description=__doc__)
+    parser.add_argument("--results", type=Path, default=LAB_FOLDER / "results", help="folder of the JSON files")
+    parser.add_argument("--out", type=Path, default=LAB_FOLDER / "RESULTS.md", help="page to write")
+    arguments = parser.parse_args()
+    try:
+        for path in write_results(arguments.results, arguments.out):
+            print(f"Wrote {path}")
+    except FoveateError as error:
+        parser.exit(2, f"foveate: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""foveate: vision-language models that answer with fewer visual tokens, native to Hugging Face Transformers.
+
+Importing it registers every model with Transformers' Auto classes, so that a converted checkpoint loads without
+`trust_remote_code`.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .conversion.bundle import write_bundle
+from .conversion.convert import convert
+from .errors import FoveateError
+from .evaluation.ask import ask
+from .evaluation.harness import evaluate
+from .lab import lab_folder, load_lab
+from .modeling.compatibility import AutoModelForVision2Seq
+from .modeling.compressed_model import CompressedModelMixin
+from .registry import METHODS, Backbone, Method, backbones
+
+
+__version__ = "0.1.0"
+
+for _backbone in backbones():
+    AutoConfig.register(_backbone.model_type, _backbone.config_class)
+    AutoProcessor.register(_backbone.config_class, _backbone.processor_class)
+    AutoModel.register(_backbone.config_class, _backbone.model_class)
+    AutoModelForImageTextToText.register(_backbone.config_class, _backbone.generation_class)
+    if AutoModelForVision2Seq is not AutoModelForImageTextToText:
+        AutoModelForVision2Seq.register(_backbone.config_class, _backbone.generation_class)
+    for _class in (_backbone.config_class, _backbone.processor_class, _backbone.model_class, _backbone.generation_class):
+        globals()[_class.__name__] = _class
+
+CompressedModelMixin.code_writer = staticmethod(write_bundle)
+
+__all__ = [
+    "METHODS",
+    "AutoModelForVision2Seq",
+    "Backbone",
+    "FoveateError",
+    "Method",
+    "ask",
+    "convert",
+    "evaluate",
+    "lab_folder",
+    "load_lab",
+]
+__all__ += [_name for _name in globals() if _name.startswith(tuple(b.stem for b in backbones()))]

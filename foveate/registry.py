@@ -1,0 +1,81 @@
+"""The methods that foveate knows. A new method adds one entry here."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The classes of one method on one backbone, found by the convention of their names.
+
+    Args:
+        base_model_type: `model_type` of the stock models that convert to it.
+        model_type: its own, which also ends the names of its modules.
+        stem: what the names of its classes begin with.
+        title: the backbone's name for readers.
+    """
+
+    base_model_type: str
+    model_type: str
+    stem: str
+    title: str
+
+    def _load(self, room: str, prefix: str, name: str) -> type:
+        module = importlib.import_module(f"foveate.{room}.{prefix}_{self.model_type}")
+        return getattr(module, f"{self.stem}{name}")
+
+    @cached_property
+    def config_class(self) -> type:
+        return self._load("configuration", "configuration", "Config")
+
+    @cached_property
+    def processor_class(self) -> type:
+        return self._load("processing", "processing", "Processor")
+
+    @cached_property
+    def model_class(self) -> type:
+        return self._load("modeling", "modeling", "Model")
+
+    @cached_property
+    def generation_class(self) -> type:
+        return self._load("modeling", "modeling", "ForConditionalGeneration")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One compression method.
+
+    Args:
+        name: as in the config's `compression` block and on the command line.
+        title, paper: for readers.
+        needs_training: whether a freshly converted checkpoint has weights that mean nothing yet.
+        backbones: what it runs on.
+    """
+
+    name: str
+    title: str
+    paper: str
+    needs_training: bool
+    backbones: tuple[Backbone, ...]
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            name="recoverable",
+            title="Recoverable Compression",
+            paper="https://arxiv.org/abs/2409.01179",
+            needs_training=False,
+            backbones=(Backbone("llava", "llava_recoverable", "LlavaRecoverable", "LLaVA-1.5"),),
+        ),
+    )
+}
+
+
+def backbones() -> list[Backbone]:
+    """All (method, backbone) pairs' classes."""
+    return [backbone for method in METHODS.values() for backbone in method.backbones]

@@ -1,0 +1,37 @@
+"""The lab: a small trained vision-language model that ships with the project, its scenes and its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+BASES = {"tiny-llava": "tiny-clip"}
+"""The lab's base models, each with the CLIP checkpoint whose text tower is aligned with its vision tower."""
+
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+def lab_folder(name: str) -> Path:
+    """The folder of a checkpoint that ships with the lab ("tiny-llava", "tiny-clip"). Raises `ValueError`."""
+    folder = _WEIGHTS / name
+    if not (folder / "config.json").exists():
+        known = sorted(path.name for path in _WEIGHTS.glob("*") if path.is_dir())
+        raise ValueError(f"The lab has no checkpoint '{name}'; it has: {', '.join(known) or 'none (run `make lab`)'}.")
+    return folder
+
+
+def load_lab(name: str = "tiny-llava", **kwargs):
+    """Loads a base model of the lab with its processor.
+
+    Args:
+        name: a name in `BASES`.
+        kwargs: for `from_pretrained`, for instance `dtype=torch.float32`.
+
+    Returns:
+        (model in evaluation mode, processor), ordinary Transformers classes.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = lab_folder(name)
+    model = AutoModelForImageTextToText.from_pretrained(folder, **kwargs).eval()
+    return model, AutoProcessor.from_pretrained(folder)

@@ -1,0 +1,103 @@
+"""Everything that depends on the version of Transformers, and nothing else.
+
+Supported are 4.57.6 and 5.16 up to the newest. Each piece says which versions it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import transformers
+from torch import nn
+from transformers import Cache
+
+
+try:  # ≥ 5.0: checkpoint keys are renamed by a table, which custom classes have to join
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.core_model_loading import WeightRenaming
+except ImportError:  # 4.57: by the class attribute `_checkpoint_conversion_mapping`
+    register_checkpoint_conversion_mapping = None
+
+try:  # 4.57
+    from transformers import AutoModelForVision2Seq
+except ImportError:  # ≥ 5.0 dropped it
+    from transformers import AutoModelForImageTextToText as AutoModelForVision2Seq
+
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+
+def register_key_mapping(model_class: type, generation_class: type, base_model_type: str, own_keys: tuple[str, ...]):
+    """Lets a custom class read and write the published names of its base model's weights.
+
+    The base's weights are on disk as the hub has them (`language_model.model.…`, `vision_tower.vision_model.…`), the
+    method's own (`own_keys`: first parts of their names) beside them at top level.
+    """
+    if register_checkpoint_conversion_mapping is None:  # 4.57
+        generation_class._checkpoint_conversion_mapping = {
+            **generation_class._checkpoint_conversion_mapping,
+            **{f"^{key}": f"model.{key}" for key in own_keys},
+        }
+        return
+    model_type = generation_class.config_class.model_type
+    renamings = get_checkpoint_conversion_mapping(base_model_type)
+    # The stock table leaves it to the order of events whether `vision_model.` is written; published checkpoints have it.
+    renamings = [renaming for renaming in renamings if renaming.source_patterns != ["^vision_tower"]]
+    renamings += [WeightRenaming(r"^vision_tower\.vision_model", "model.vision_tower")]
+    renamings += [WeightRenaming(source_patterns=f"^{key}", target_patterns=f"model.{key}") for key in own_keys]
+    register_checkpoint_conversion_mapping(model_type, renamings, overwrite=True)
+    base_class_name = next(
+        c.__name__ for c in model_class.__mro__ if c is not model_class and c.__name__.endswith("Model")
+    )
+    class_renamings = get_checkpoint_conversion_mapping(base_class_name)
+    if class_renamings is not None:
+        register_checkpoint_conversion_mapping(model_class.__name__, class_renamings, overwrite=True)
+
+
+def clip_embeddings(vision_tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Input of the first layer of a `CLIPVisionModel`, (images, patches + 1, width)."""
+    tower = getattr(vision_tower, "vision_model", vision_tower)  # 4.57 keeps it one level down
+    return tower.pre_layrnorm(tower.embeddings(pixel_values))
+
+
+def clip_layers(vision_tower: nn.Module) -> nn.ModuleList:
+    """Encoder layers of a `CLIPVisionModel`."""
+    return getattr(vision_tower, "vision_model", vision_tower).encoder.layers
+
+
+def run_clip_layer(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """One encoder layer of CLIP on (batch, tokens, width), all tokens attending to all."""
+    if TRANSFORMERS_5:
+        return layer(hidden_states, None)
+    return layer(hidden_states, None, None)[0]  # 4.57: also a causal mask; a tuple comes back
+
+
+def image_features_output(tokens_per_image: list[torch.Tensor]):
+    """What `get_image_features` returns: a list of (tokens, width) in 4.57, an output object around it in ≥ 5.0."""
+    if not TRANSFORMERS_5:
+        return tokens_per_image
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    return BaseModelOutputWithPooling(pooler_output=tokens_per_image)
+
+
+def checkpoints_activations(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on; the newest 5.x give it another name."""
+    name = "is_activation_checkpointing"
+    return getattr(model, name if hasattr(type(model), name) else "is_gradient_checkpointing")
+
+
+def remove_from_cache(cache: Cache, count: int) -> None:
+    """Removes the last `count` entries of every layer of a cache."""
+    cache.crop(-count)  # a negative number means "remove" in 4.57 and ≥ 5.0 alike
+
+
+def iterate_cache_tensors(cache: Cache) -> Iterator[torch.Tensor]:
+    """The key and value tensors that a cache holds, layer by layer."""
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                yield tensor

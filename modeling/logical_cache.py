@@ -1,0 +1,106 @@
+"""A KV cache that speaks *logical* positions to `generate` while the language model sees the *physical* ones inside.
+
+Logical is what the caller sees: the columns of `input_ids` and `attention_mask`, with every image placeholder. Physical
+is what the language model runs on: fewer entries, where a method drops visual tokens after the placeholders were written.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache
+
+from .compatibility import remove_from_cache
+
+
+class LogicalCache(Cache):
+    """Wraps an ordinary cache, whose entries are physical.
+
+    Args:
+        inner: the cache that the language model gets.
+        batch_size: rows, needed when `inner` already holds something.
+
+    Attributes:
+        source: for every physical entry of every row the logical column it stands for, −1 where a row has padding;
+            (batch, physical length), or `None` before the first tokens.
+        has_gaps: whether any row may have padding; while `False` no attention mask is needed.
+    """
+
+    def __init__(self, inner: Cache, batch_size: int = 1, device: torch.device | None = None):
+        # Cache.__init__ would make layers of its own; all state is the inner cache's and the map beside it.
+        self.inner = inner
+        self.logical_length = int(inner.get_seq_length())
+        self.source: torch.Tensor | None = None
+        self.has_gaps = False
+        if self.logical_length:  # a cache of text only, made elsewhere: there logical and physical are the same
+            self.source = torch.arange(self.logical_length, device=device).expand(batch_size, -1)
+
+    @classmethod
+    def wrap(cls, cache: Cache, batch_size: int, device: torch.device) -> LogicalCache:
+        return cache if isinstance(cache, cls) else cls(cache, batch_size, device)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or name == "inner":  # not there yet while copying or unpickling
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    @property
+    def layers(self):
+        return self.inner.layers
+
+    @property
+    def is_compileable(self) -> bool:
+        # `generate` makes 4-D masks of logical size for compileable caches; the mask here is of physical size.
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The logical length: what `generate` slices `input_ids` by."""
+        return self.logical_length
+
+    @property
+    def physical_length(self) -> int:
+        return 0 if self.source is None else self.source.shape[1]
+
+    def append(self, source: torch.Tensor, num_columns: int, has_gaps: bool) -> None:
+        """Notes `num_columns` new logical columns; `source` (batch, all physical entries) replaces the map."""
+        self.source = source
+        self.logical_length += num_columns
+        self.has_gaps = has_gaps
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        raise RuntimeError("The language model must be handed the physical cache: pass `cache.inner`, not the wrapper.")
+
+    def crop(self, max_length: int) -> None:
+        """Keeps the first `max_length` logical columns; a negative number removes that many."""
+        length = max_length if max_length >= 0 else self.logical_length + max_length
+        if length >= self.logical_length or self.source is None:
+            return
+        source = self.source.masked_fill(self.source >= length, -1)
+        entries = torch.arange(1, source.shape[1] + 1, device=source.device)
+        kept = int((entries * (source >= 0)).max())  # rows keep different numbers: the longest decides
+        if kept < source.shape[1]:
+            remove_from_cache(self.inner, source.shape[1] - kept)
+        self.source, self.logical_length, self.has_gaps = source[:, :kept], length, True
+
+    def _select(self, rows: torch.Tensor) -> None:
+        if self.source is not None:
+            self.source = self.source.index_select(0, rows.to(self.source.device))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.inner.reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.inner.batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.inner.batch_repeat_interleave(repeats)
+        if self.source is not None:
+            self.source = self.source.repeat_interleave(repeats, dim=0)
+
+    def reset(self) -> None:
+        self.inner.reset()
+        self.source, self.logical_length, self.has_gaps = None, 0, False
+
+    def __repr__(self) -> str:
+        return f"LogicalCache(logical={self.logical_length}, physical={self.physical_length}, {self.inner!r})"

@@ -1,0 +1,1 @@
+"""Processors: text, images and questions to model inputs."""

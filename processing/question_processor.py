@@ -1,0 +1,192 @@
+"""What the processors of question-guided methods share: which question guides which image, and its tokens."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+QUESTION_TOKENIZER_FOLDER = "question_tokenizer"
+MAX_ASPECT_RATIO = 100
+
+
+class QuestionProcessorMixin:
+    """Mixed into a processor, before the Transformers class.
+
+    An image is guided by the text of the user's turn that it stands in, so a later turn never changes how an earlier
+    image is compressed, and a cache stays valid. `question=` says otherwise: one text for all, one a row, or a list a
+    row with one text an image.
+    """
+
+    def __call__(self, images=None, text=None, question=None, **kwargs):
+        """
+        Args:
+            images: one image, a flat list over all rows, or a list a row (which may be empty).
+            text: the prompt, or a list of prompts, with `<image>` where an image goes.
+            question: overrides the question that is read from the prompt.
+
+        Returns:
+            What the stock processor returns, and for each image `question_input_ids` and `question_attention_mask`,
+            (images, 77).
+
+        Raises:
+            ValueError: images and placeholders that differ in number, an image without a question, an image that is
+                too narrow to be seen.
+        """
+        if text is None:
+            raise ValueError("The question guides the compression: pass `text` with the prompt beside `images`.")
+        prompts = [text] if isinstance(text, str) else list(text)
+        images = _flatten(images)
+        num_images = [prompt.count(self.image_token) for prompt in prompts]
+        if sum(num_images) != len(images):
+            raise ValueError(
+                f"The prompts have {sum(num_images)} {self.image_token} placeholder(s) for {len(images)} image(s): "
+                f"write one {self.image_token} for every image."
+            )
+        images = [_readable(image) for image in images]
+        questions = self._questions(prompts, num_images, question)
+        output = super().__call__(images=images or None, text=prompts, **kwargs)
+        if questions:
+            tokens = self._tokenize_questions(questions, kwargs.get("return_tensors") or _return_tensors(kwargs))
+            output.update({f"question_{name}": tokens[name] for name in ("input_ids", "attention_mask")})
+        return output
+
+    def _questions(self, prompts: list[str], num_images: list[int], question) -> list[str]:
+        """One question an image, images row after row."""
+        if question is None:
+            return [found for row, prompt in enumerate(prompts) for found in self._questions_in(prompt, row)]
+        per_row = [question] * len(prompts) if isinstance(question, str) else list(question)
+        if len(per_row) != len(prompts):
+            raise ValueError(f"`question` has {len(per_row)} entries for {len(prompts)} prompt(s): give one a prompt.")
+        questions = []
+        for row, (number, given) in enumerate(zip(num_images, per_row)):
+            given = [given] * number if isinstance(given, str) else list(given or [])
+            if len(given) != number:
+                raise ValueError(f"`question` has {len(given)} entries for the {number} image(s) of prompt {row}.")
+            questions += given
+        for found in questions:
+            _require_question(found)
+        return questions
+
+    def _questions_in(self, prompt: str, row: int) -> list[str]:
+        """The user's words around every placeholder of a prompt."""
+        user, assistant = self._turn_markers()
+        questions, end = [], -1
+        while (end := prompt.find(self.image_token, end + 1)) >= 0:
+            start = prompt.rfind(user, 0, end) if user else -1
+            start = start + len(user) if start >= 0 else 0
+            stop = prompt.find(assistant, end) if assistant else -1
+            turn = prompt[start : stop if stop >= 0 else None].replace(self.image_token, " ")
+            for special in self.tokenizer.all_special_tokens:
+                turn = turn.replace(special, " ")
+            questions.append(_require_question(" ".join(turn.split()), row))
+        return questions
+
+    def _turn_markers(self) -> tuple[str, str]:
+        """The texts before a user's and before an assistant's words in this chat template ("USER:", "ASSISTANT:"), found
+        by rendering a conversation of known words. Empty where there is no template."""
+        template = self.chat_template or getattr(self.tokenizer, "chat_template", None)
+        if not isinstance(template, str):
+            return "", ""
+        if getattr(self, "_markers_of", (None,))[0] == template:
+            return self._markers_of[1]
+        words = ["first-question", "first-answer", "second-question"]
+        conversation = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for role, text in zip(("user", "assistant", "user"), words)
+        ]
+        rendered = self.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        parts = []
+        for word in words:
+            before, _, rendered = rendered.partition(word)
+            parts.append(before)
+        user = os.path.commonprefix([parts[0][::-1], parts[2][::-1]])[::-1].strip()
+        assistant = os.path.commonprefix([parts[1], rendered]).strip()
+        self._markers_of = (template, (user, assistant))
+        return user, assistant
+
+    def _tokenize_questions(self, questions: list[str], return_tensors) -> dict[str, Any]:
+        longest = self.question_tokenizer.model_max_length
+        tokens = self.question_tokenizer(
+            questions, padding="max_length", truncation=True, max_length=longest, return_tensors=return_tensors
+        )
+        if any(len(question) > 3 * longest for question in questions):  # cheap first: few characters can't be too long
+            lengths = [len(ids) for ids in self.question_tokenizer(questions)["input_ids"]]
+            if max(lengths) > longest:
+                logger.warning_once(
+                    f"A question of {max(lengths)} tokens is longer than the text encoder's {longest}: the compression "
+                    "is guided by its beginning; the language model reads all of it."
+                )
+        return tokens
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "question_input_ids", "question_attention_mask"]
+
+    # Saving and loading. A second tokenizer lies in a folder of its own: ≥ 5.0 does that by itself, 4.57 would write it
+    # over the first one, so this class does it for every version.
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        self.question_tokenizer.save_pretrained(os.path.join(save_directory, QUESTION_TOKENIZER_FOLDER))
+        return files
+
+    @classmethod
+    def _load_question_tokenizer(cls, name_or_path, kwargs: dict[str, Any]):
+        subfolder = os.path.join(kwargs.get("subfolder") or "", QUESTION_TOKENIZER_FOLDER)
+        hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
+        return AutoTokenizer.from_pretrained(name_or_path, subfolder=subfolder, **hub)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor.question_tokenizer = cls._load_question_tokenizer(pretrained_model_name_or_path, kwargs)
+        return processor
+
+
+def _return_tensors(kwargs: dict[str, Any]):
+    return (kwargs.get("text_kwargs") or kwargs.get("common_kwargs") or {}).get("return_tensors")
+
+
+def _flatten(images) -> list:
+    if images is None:
+        return []
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [image for item in images for image in _flatten(item) if image is not None]
+
+
+def _require_question(question: str, row: int | None = None) -> str:
+    if not isinstance(question, str) or not question.strip():
+        where = "" if row is None else f" of prompt {row}"
+        raise ValueError(
+            f"An image{where} has no question beside it, and the question guides the compression: write the question in "
+            "the same user turn as the image, or pass `question=`."
+        )
+    return question
+
+
+def _readable(image):
+    """8-bit RGB as the image processor expects it. Raises `ValueError` for a picture that nothing could be seen in."""
+    if not isinstance(image, Image.Image):
+        return image
+    width, height = image.size
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(
+            f"The image is {width} × {height} pixels; beyond {MAX_ASPECT_RATIO} : 1 nothing is left of it after "
+            "resizing and cropping: crop it first."
+        )
+    if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip, not scale
+        values = np.asarray(image)
+        image = Image.fromarray((values // 257 if values.max() > 255 else values).astype(np.uint8))
+    image = image.convert("RGB") if image.mode != "RGB" else image
+    if min(width, height) < 4:  # 4.57's image processor takes 1 or 3 rows for channels
+        image = image.resize((4 * width, 4 * height), Image.Resampling.NEAREST)
+    return image

@@ -1,0 +1,47 @@
+"""Settings of all tests: nothing is downloaded, few threads, tiny checkpoints made once a session."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from foveate import convert  # noqa: E402
+from foveate.registry import METHODS  # noqa: E402
+
+from .conversion.tiny_checkpoints import write_clip, write_llava  # noqa: E402
+
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+#: How to write a tiny base of each kind, with the text encoder that goes with it.
+TINY_BASES = {"llava": (write_llava, write_clip)}
+
+#: (method, backbone) pairs of the registry: every model class goes through the contract.
+CLASSES = [(method, backbone) for method in METHODS.values() for backbone in method.backbones]
+
+
+@pytest.fixture(scope="session", params=CLASSES, ids=lambda pair: pair[1].model_type)
+def method_and_backbone(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def base_folder(method_and_backbone, tmp_path_factory):
+    """A tiny random base checkpoint, float32."""
+    _, backbone = method_and_backbone
+    write_base, _ = TINY_BASES[backbone.base_model_type]
+    return write_base(tmp_path_factory.mktemp("base") / backbone.base_model_type, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(method_and_backbone, base_folder, tmp_path_factory):
+    """The base converted by the method."""
+    method, backbone = method_and_backbone
+    _, write_text_encoder = TINY_BASES[backbone.base_model_type]
+    text_encoder = write_text_encoder(tmp_path_factory.mktemp("clip") / "clip")
+    out = tmp_path_factory.mktemp("converted") / backbone.model_type
+    return convert(base_folder, out, method=method.name, text_encoder=text_encoder)

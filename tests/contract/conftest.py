@@ -1,0 +1,65 @@
+"""What the contract tests share: a loaded model and processor, and batches of every shape."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+def picture(seed: int, size: tuple[int, int] = (60, 42)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
+
+
+@dataclass
+class Row:
+    """One row of a batch: its prompt and its images."""
+
+    prompt: str
+    images: tuple = ()
+
+
+ROWS = (
+    Row("USER: <image> what is it ASSISTANT:", (picture(0),)),
+    Row("USER: what is red ASSISTANT:"),
+    Row("USER: <image> <image> what colour is it is it ASSISTANT:", (picture(1), picture(2))),
+    Row("USER: <image> is it red ASSISTANT: it is red USER: <image> what colour ASSISTANT:", (picture(3), picture(4))),
+)
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(checkpoint)
+
+
+@pytest.fixture
+def model(loaded):
+    """The model with the settings that it was converted with, whatever an earlier test did to them."""
+    model, _ = loaded
+    settings = model.config.compression
+    yield model
+    model.config.compression = settings
+
+
+@pytest.fixture
+def processor(loaded):
+    return loaded[1]
+
+
+@pytest.fixture
+def inputs_of(processor):
+    """Rows → model inputs, left-padded."""
+
+    def make(*rows: Row):
+        images = [list(row.images) for row in rows]
+        return processor(
+            images=images if any(images) else None,
+            text=[row.prompt for row in rows],
+            padding=True,
+            return_tensors="pt",
+        )
+
+    return make

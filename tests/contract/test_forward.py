@@ -1,0 +1,244 @@
+"""Contract 5–10 on the forward pass: attention kernels, identity, budgets, provenance, gradients, bad input."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from .conftest import ROWS, Row, picture
+
+
+pytestmark = pytest.mark.contract_core
+
+
+def logits_of(model, inputs, **kwargs):
+    with torch.no_grad():
+        return model(**inputs, **kwargs).logits
+
+
+def at_text(inputs, model):
+    """Columns with a text token of the caller's: there logical and physical agree."""
+    return inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)
+
+
+def test_batched_logits_equal_single_ones(model, inputs_of):
+    batch = inputs_of(*ROWS)
+    together = logits_of(model, batch)
+    for index, row in enumerate(ROWS):
+        single = inputs_of(row)
+        length = single["input_ids"].shape[1]
+        text = at_text(single, model)[0]
+        torch.testing.assert_close(
+            together[index, -length:][text], logits_of(model, single)[0][text], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_right_padding_gives_the_same_logits(model, processor, inputs_of):
+    rows = ROWS[:3]
+    left = inputs_of(*rows)
+    right = processor(
+        images=[list(row.images) for row in rows],
+        text=[row.prompt for row in rows],
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    assert not torch.equal(left["input_ids"], right["input_ids"])
+    torch.testing.assert_close(
+        logits_of(model, left)[at_text(left, model)],
+        logits_of(model, right)[at_text(right, model)],
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+def test_eager_and_sdpa_agree(checkpoint, model, inputs_of):
+    eager = AutoModelForImageTextToText.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    inputs = inputs_of(*ROWS)
+    text = at_text(inputs, model)
+    torch.testing.assert_close(
+        logits_of(eager, inputs)[text], logits_of(model, inputs)[text], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_no_method_asks_for_attention_matrices(model, inputs_of, monkeypatch):
+    """FlashAttention can't give them; a request anywhere in the model shows as `output_attentions=True`."""
+    asked = []
+    for module in model.modules():
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: asked.append(kwargs.get("output_attentions")), with_kwargs=True
+        )
+    logits_of(model, inputs_of(*ROWS))
+    assert asked
+    assert not any(asked)
+
+
+def test_at_a_budget_of_all_tokens_the_logits_are_the_stock_models(base_folder, model, inputs_of):
+    stock = AutoModelForImageTextToText.from_pretrained(base_folder, dtype=torch.float32).eval()
+    inputs = inputs_of(*ROWS)
+    compressed = logits_of(model, inputs)
+    model.set_compression(num_visual_tokens=model.config.num_patches)
+    ours = logits_of(model, inputs)
+    theirs = logits_of(stock, {k: v for k, v in inputs.items() if not k.startswith("question")})
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(compressed[real], theirs[real], atol=1e-3), "without the budget something is compressed"
+
+
+def test_bf16_follows_fp32(checkpoint, model, inputs_of):
+    half = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    model.set_compression(num_visual_tokens=model.config.num_patches)  # the choice of patches may tip over
+    half.set_compression(num_visual_tokens=half.config.num_patches)
+    inputs = inputs_of(*ROWS)
+    text = at_text(inputs, model)
+    expected, found = logits_of(model, inputs)[text], logits_of(half, inputs.to(torch.bfloat16))[text].float()
+    assert (expected - found).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize("budget", [1, 4, 9])
+def test_the_budget_can_be_changed_on_model_and_processor_by_one_call(model, processor, inputs_of, budget):
+    model.set_compression(processor=processor, num_visual_tokens=budget)
+    inputs = inputs_of(ROWS[2])
+    with torch.no_grad():
+        output = model(**inputs, output_compression=True)
+    assert [len(image.weights) for image in output.compression] == [budget, budget]
+    assert output.image_hidden_states.shape[0] == 2 * budget
+    num_text = int(at_text(inputs, model).sum())
+    assert output.past_key_values.layers[0].keys.shape[2] == num_text + 2 * budget
+
+
+def test_keep_ratio_is_a_share_of_the_patches(model):
+    model.set_compression(keep_ratio=0.5)
+    assert model.config.compression.num_visual_tokens == round(0.5 * model.config.num_patches)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_visual_tokens": 10_000}, "patches"),
+        ({"num_visual_tokens": 0}, "at least 1"),
+        ({"keep_ratio": 1.5}, "keep_ratio"),
+        ({"no_such_setting": 1}, "no_such_setting"),
+    ],
+)
+def test_a_bad_setting_is_refused_and_changes_nothing(model, change, message):
+    before = model.config.compression.to_dict()
+    with pytest.raises(ValueError, match=message):
+        model.set_compression(**change)
+    assert model.config.compression.to_dict() == before
+
+
+def test_provenance_says_what_the_tokens_are_made_of(model, inputs_of):
+    """The weights over the patches give back the very tokens: checked on the features before the projector."""
+    inputs = inputs_of(*ROWS)
+    kept = {}
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: kept.update(tokens=args[0]))
+    with torch.no_grad():
+        output = model(**inputs, output_compression=True)
+        hook.remove()
+        assert model(**inputs).compression is None, "it costs nothing when not asked for"
+        features = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    features = features[model.config.vision_feature_layer][:, 1:]
+    expected = torch.cat([image.weights @ patches for image, patches in zip(output.compression, features)])
+    torch.testing.assert_close(kept["tokens"], expected, atol=1e-5, rtol=1e-5)
+    for image in output.compression:
+        assert image.weights.shape[1] == model.config.num_patches
+        assert (image.weights >= 0).all()
+        assert image.roles.max() < len(image.role_names)
+
+
+def test_the_question_reaches_the_compression_only_of_its_own_images(model, inputs_of):
+    one, other = ROWS[0], Row("USER: <image> is it red is it red ASSISTANT:", ROWS[0].images)
+    with torch.no_grad():
+        first = model(**inputs_of(one, ROWS[2])).image_hidden_states
+        second = model(**inputs_of(other, ROWS[2])).image_hidden_states
+    torch.testing.assert_close(first[-4:], second[-4:], atol=1e-6, rtol=1e-6)
+
+
+def test_labels_at_text_columns_give_the_loss_of_the_text(model, inputs_of):
+    """The loss runs on the tokens that are there; shifted logits of the logical layout say the same for text."""
+    inputs = inputs_of(*ROWS)
+    labels = inputs["input_ids"].masked_fill(~at_text(inputs, model), -100)
+    labels[:, :-3] = -100
+    with torch.no_grad():
+        output = model(**inputs, labels=labels)
+    shifted = output.logits[:, :-1].reshape(-1, output.logits.shape[-1])
+    expected = torch.nn.functional.cross_entropy(shifted, labels[:, 1:].reshape(-1), ignore_index=-100)
+    torch.testing.assert_close(output.loss, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainable_parameters_get_a_gradient_and_frozen_ones_none(checkpoint, inputs_of, checkpointing):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision_tower" not in name and "question_encoder" not in name)
+    inputs = inputs_of(*ROWS)
+    model(**inputs, labels=inputs["input_ids"].masked_fill(~at_text(inputs, model), -100)).loss.backward()
+    for name in ("multi_modal_projector", "language_model", "lm_head"):
+        gradients = [p.grad for n, p in model.named_parameters() if name in n]
+        assert gradients
+        assert all(g is not None and g.abs().sum() > 0 for g in gradients), name
+    assert all(p.grad is None for n, p in model.named_parameters() if "vision_tower" in n)
+
+
+def test_lora_wraps_trains_and_generates(checkpoint, inputs_of):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    lora = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    wrapped = peft.get_peft_model(model, lora)
+    inputs = inputs_of(*ROWS)
+    wrapped(**inputs, labels=inputs["input_ids"]).loss.backward()
+    trained = [n for n, p in wrapped.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in wrapped.parameters())
+    output = wrapped.generate(**inputs, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_loads_and_generates(checkpoint, inputs_of, bits):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForImageTextToText.from_pretrained(
+        checkpoint, quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu"
+    )
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    assert type(layer).__module__.startswith("bitsandbytes")
+    inputs = inputs_of(*ROWS).to(torch.bfloat16)
+    output = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_placeholders_and_images_that_differ_are_refused(model, inputs_of):
+    inputs = inputs_of(ROWS[0])
+    inputs["input_ids"] = inputs["input_ids"][:, :-8]
+    inputs["input_ids"][0, -1] = 5
+    inputs["attention_mask"] = inputs["attention_mask"][:, :-8]
+    broken = copy.copy(inputs["input_ids"])
+    broken[broken == model.config.image_token_id] = 5
+    with pytest.raises(ValueError, match="placeholder"):
+        model(**{**inputs, "input_ids": broken})
+
+
+def test_images_and_placeholders_that_differ_are_refused_by_the_processor(processor):
+    with pytest.raises(ValueError, match="one <image> for every image"):
+        processor(images=[picture(0), picture(1)], text="USER: <image> what ASSISTANT:")
+
+
+def test_processor_round_trip_keeps_everything(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert type(again).__name__ == type(processor).__name__
+    row = ROWS[2]
+    first = processor(images=list(row.images), text=row.prompt, return_tensors="pt")
+    second = again(images=list(row.images), text=row.prompt, return_tensors="pt")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)

@@ -1,0 +1,140 @@
+"""Contract 2–4: `generate()` unchanged, batches give what single rows give, caches go on."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from .conftest import ROWS, Row, picture
+
+
+pytestmark = pytest.mark.contract_core
+LENGTH = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0}
+
+
+def new_tokens(model, inputs, **kwargs):
+    output = model.generate(**inputs, **{**LENGTH, "do_sample": False, **kwargs})
+    assert torch.equal(
+        output[:, : inputs["input_ids"].shape[1]],
+        inputs["input_ids"].repeat_interleave(len(output) // len(inputs["input_ids"]), 0),
+    ), "what generate returns begins with input_ids"
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"use_cache": False}], ids=["greedy", "beams", "no-cache"])
+def test_a_batch_gives_each_row_what_it_gets_alone(model, inputs_of, kwargs):
+    together = new_tokens(model, inputs_of(*ROWS), **kwargs)
+    for row, expected in zip(ROWS, together):
+        assert torch.equal(new_tokens(model, inputs_of(row), **kwargs)[0], expected)
+
+
+def test_without_a_cache_the_same_tokens_come_out(model, inputs_of):
+    inputs = inputs_of(*ROWS)
+    assert torch.equal(new_tokens(model, inputs), new_tokens(model, inputs, use_cache=False))
+
+
+def test_a_static_cache_gives_what_a_dynamic_one_gives(model, inputs_of):
+    inputs = inputs_of(*ROWS)
+    assert torch.equal(new_tokens(model, inputs), new_tokens(model, inputs, cache_implementation="static"))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_beams": 2},
+    ],
+)
+def test_several_sequences_a_row_keep_each_rows_own_images(model, inputs_of, kwargs):
+    torch.manual_seed(0)
+    several = new_tokens(model, inputs_of(*ROWS), **kwargs)
+    assert len(several) == len(ROWS) * kwargs.get("num_return_sequences", 1)
+    # With one certain token a sampled sequence is the greedy one, whichever copy of the row it came from.
+    if kwargs.get("do_sample") and "num_beams" not in kwargs:
+        greedy = new_tokens(model, inputs_of(*ROWS))
+        certain = new_tokens(model, inputs_of(*ROWS), **kwargs, top_k=1)
+        assert torch.equal(certain, greedy.repeat_interleave(3, 0))
+
+
+def test_streamers_scores_and_stopping_criteria_work(model, inputs_of):
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.pieces = []
+
+        def put(self, value):
+            self.pieces.append(value.flatten())
+
+        def end(self):
+            self.pieces.append(torch.tensor([-1]))
+
+    class AfterThree(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= start + 3)
+
+    inputs = inputs_of(ROWS[0])
+    start, streamer = inputs["input_ids"].shape[1], Collect()
+    output = model.generate(
+        **inputs,
+        **LENGTH,
+        do_sample=False,
+        streamer=streamer,
+        return_dict_in_generate=True,
+        output_scores=True,
+        stopping_criteria=StoppingCriteriaList([AfterThree()]),
+    )
+    assert output.sequences.shape[1] == start + 3
+    assert len(output.scores) == 3
+    assert torch.equal(torch.cat(streamer.pieces)[:-1], output.sequences[0])
+
+
+@pytest.mark.parametrize("second", [Row(" is it red ASSISTANT:"), Row(" <image> what colour ASSISTANT:", (picture(9),))])
+@pytest.mark.parametrize("all_images", [True, False], ids=["all-images", "new-images"])
+def test_a_later_turn_on_the_same_cache_gives_what_a_fresh_run_gives(model, processor, inputs_of, second, all_images):
+    """Two rows of different lengths; the second turn may bring an image, passed alone or after the first ones."""
+    rows = [ROWS[0], ROWS[2]]
+    inputs = inputs_of(*rows)
+    first = model.generate(**inputs, **LENGTH, do_sample=False, return_dict_in_generate=True)
+    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+
+    turn = processor.tokenizer(" USER:" + second.prompt, add_special_tokens=False)["input_ids"]
+    image_token = model.config.image_token_id
+    turn = [t for i in turn for t in [i] * (_placeholders(processor, inputs, image_token) if i == image_token else 1)]
+    ids = torch.cat([first.sequences, torch.tensor([turn, turn])], dim=1)
+    new_columns = torch.ones(2, ids.shape[1] - inputs["attention_mask"].shape[1], dtype=torch.long)
+    mask = torch.cat([inputs["attention_mask"], new_columns], dim=1)
+
+    # Images of both turns, row after row, each with the question of its own turn.
+    per_row = [[*row.images, *second.images] for row in rows]
+    questions = [["what is it"], ["what colour is it is it"] * 2]
+    questions = [asked + ["what colour"] * len(second.images) for asked in questions]
+    text = ["<image> " * len(images) + "what" for images in per_row]
+    full = processor(images=per_row, text=text, question=questions, padding=True, return_tensors="pt")
+    visual = {k: v for k, v in full.items() if k not in ("input_ids", "attention_mask")}
+    fresh = model.generate(input_ids=ids, attention_mask=mask, **visual, **LENGTH, do_sample=False)
+
+    if not all_images:
+        rank = torch.tensor([0] * 1 + [1] * len(second.images) + [0] * 2 + [1] * len(second.images))
+        visual = {k: v[rank == 1] for k, v in visual.items()} if second.images else {}
+    again = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        **visual,
+        past_key_values=first.past_key_values,
+        **LENGTH,
+        do_sample=False,
+    )
+    assert torch.equal(again, fresh)
+
+
+def _placeholders(processor, inputs, image_token: int) -> int:
+    return int((inputs["input_ids"][0] == image_token).sum())
+
+
+def test_assisted_decoding_gives_what_greedy_gives(checkpoint, model, inputs_of):
+    """A wrong guess of the assistant's crops the cache to logical lengths."""
+    assistant = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assistant.lm_head.weight[::2] *= -1  # so that it guesses wrong now and then
+    inputs = inputs_of(ROWS[0])
+    assert torch.equal(new_tokens(model, inputs, assistant_model=assistant), new_tokens(model, inputs))

@@ -1,0 +1,149 @@
+"""A random LLaVA and a random CLIP of a few thousand parameters, as ordinary checkpoints on disk."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+
+IMAGE_SIDE, PATCH_SIDE = 42, 14
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIDE,
+    "patch_size": PATCH_SIDE,
+    "projection_dim": 32,
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ 'USER: ' if message.role == 'user' else 'ASSISTANT: ' }}"
+    "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def write_llava(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+    """A LLaVA-1.5 of 9 patches an image, with processor and generation config, in one safetensors file."""
+    torch.manual_seed(seed)
+    tokenizer = _tokenizer(["USER", "ASSISTANT", ":", "what", "colour", "is", "it", "red"], ["<image>"])
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(IMAGE_SIDE // PATCH_SIDE) ** 2,
+    )
+    LlavaForConditionalGeneration(config).to(dtype).save_pretrained(folder)
+    _publish_names(folder)
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIDE}, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    )
+    LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=PATCH_SIDE,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    _make_tokenizer_neutral(folder)
+    return folder
+
+
+def write_clip(folder: Path, seed: int = 1, **vision) -> Path:
+    """A CLIP whose vision tower has the shape of `write_llava`'s, with a tokenizer for questions."""
+    torch.manual_seed(seed)
+    tokenizer = _tokenizer(["what", "colour", "is", "it"], [], max_length=77)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=CLIPVisionConfig(**{**VISION, **vision}).to_dict(), projection_dim=32
+    )
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _make_tokenizer_neutral(folder)
+    return folder
+
+
+def split_in_shards(folder: Path) -> Path:
+    """Puts the weights of a single-file checkpoint into two files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-{index:05d}-of-00002.safetensors" for index in (1, 2)]
+    keys = sorted(tensors)
+    weight_map = {key: names[position * 2 // len(keys)] for position, key in enumerate(keys)}
+    for name in names:
+        part = {key: tensors[key] for key in keys if weight_map[key] == name}
+        save_file(part, folder / name, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _publish_names(folder: Path) -> None:
+    """Transformers 5 writes the published names for models that it loaded from such, not for one built here."""
+    path = folder / "model.safetensors"
+    tower, published = "vision_tower.", "vision_tower.vision_model."
+    tensors = {
+        published + key.removeprefix(tower) if key.startswith(tower) and not key.startswith(published) else key: tensor
+        for key, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _make_tokenizer_neutral(folder: Path) -> None:
+    """What Transformers 5 writes of a tokenizer 4.57 can't read; the form of 4.57 all versions can."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config))
+
+
+def _tokenizer(words: list[str], special: list[str], max_length: int = 2048) -> PreTrainedTokenizerFast:
+    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *special, *words]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=special,
+        model_max_length=max_length,
+        padding_side="left",
+    )
