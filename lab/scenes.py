@@ -270,9 +270,14 @@ def ask_questions(scene: Scene, types: list[str] | tuple[str, ...], stream: int 
 
 
 def describe(scene: Scene, stream: int = 2) -> QuestionAnswer:
-    """All objects in a random order, each after its place: what the language model is first taught with."""
-    order = scene.random(stream).permutation(len(scene.objects))
-    parts = [f"{scene.objects[i].place} {scene.objects[i].colour} {scene.objects[i].noun}" for i in order]
+    """All objects in a random order, each after its place or before it: what the language model is first taught with,
+    so that it learns to look up both what is at a place and where a thing is."""
+    random = scene.random(stream)
+    objects = [scene.objects[i] for i in random.permutation(len(scene.objects))]
+    if random.random() < 0.5:
+        parts = [f"{item.place} {item.colour} {item.noun}" for item in objects]
+        return QuestionAnswer("What is where?", ", ".join(parts), "describe")
+    parts = [f"{item.colour} {item.noun} {item.place}" for item in objects]
     return QuestionAnswer("What is in the picture?", ", ".join(parts), "describe")
 
 

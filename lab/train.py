@@ -42,7 +42,7 @@ def make_stages(folder: Path):
 
     torch.manual_seed(SEED + 1)
     alignment = Alignment(tower)
-    seconds = _run("alignment", alignment, alignment_batch, alignment.loss, 500, 1e-3, folder, alignment.evaluate)
+    seconds = _run("alignment", alignment, alignment_batch, alignment.loss, 240, 1e-3, folder, alignment.evaluate)
     yield "alignment", seconds, alignment
 
     features = cache_features(tower, folder, console.print)
@@ -57,7 +57,7 @@ def make_stages(folder: Path):
     yield "language", seconds, speaker
 
 
-LOOKUP_STEPS, LOOKUP_RATE = 3000, 1e-3
+LOOKUP_STEPS, LOOKUP_RATE = 2000, 1e-3
 SPEAK_STEPS, SPEAK_RATE = 1500, 6e-4
 
 

@@ -95,6 +95,20 @@ def remove_from_cache(cache: Cache, count: int) -> None:
     cache.crop(-count)  # a negative number means "remove" in 4.57 and ≥ 5.0 alike
 
 
+def cache_positions(past: int, length: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the language model has to be told of the cache. 4.57 else counts the keys that are not zero, of which a
+    static cache with padding has too few; ≥ 5.0 keeps count itself and takes no such argument."""
+    return {} if TRANSFORMERS_5 else {"cache_position": torch.arange(past, past + length, device=device)}
+
+
+def length_after_crop(length: int, argument: int) -> int:
+    """What `Cache.crop(argument)` leaves of `length` entries: a negative number says how many to remove; 0 or more is
+    how many to keep in 4.57, while ≥ 5.0 knows only 0, for none to remove."""
+    if argument < 0 or TRANSFORMERS_5:
+        return max(0, length - abs(argument))
+    return min(length, argument)
+
+
 def iterate_cache_tensors(cache: Cache) -> Iterator[torch.Tensor]:
     """The key and value tensors that a cache holds, layer by layer."""
     for layer in cache.layers:

@@ -49,8 +49,8 @@ class CompressedModelMixin:
         """
         config = self.config  # type: ignore[attr-defined]
         if keep_ratio is not None:
-            if not 0 < keep_ratio <= 1:
-                raise ValueError(f"keep_ratio must be above 0 and at most 1, not {keep_ratio}.")
+            if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio <= 1:
+                raise ValueError(f"keep_ratio must be a number above 0 and at most 1, not {keep_ratio!r}.")
             changes["num_visual_tokens"] = max(1, round(keep_ratio * config.num_patches))
         settings = config.settings_class.from_dict({**config.compression.to_dict(), **changes})
         settings.validate_for(config.num_patches)

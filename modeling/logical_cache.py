@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import Cache
 
-from .compatibility import remove_from_cache
+from .compatibility import length_after_crop, remove_from_cache
 
 
 class LogicalCache(Cache):
@@ -69,9 +69,9 @@ class LogicalCache(Cache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         raise RuntimeError("The language model must be handed the physical cache: pass `cache.inner`, not the wrapper.")
 
-    def crop(self, max_length: int) -> None:
-        """Keeps the first `max_length` logical columns; a negative number removes that many."""
-        length = max_length if max_length >= 0 else self.logical_length + max_length
+    def crop(self, argument: int) -> None:
+        """Removes logical columns at the end; the argument means what it means for the installed version's caches."""
+        length = length_after_crop(self.logical_length, argument)
         if length >= self.logical_length or self.source is None:
             return
         source = self.source.masked_fill(self.source >= length, -1)

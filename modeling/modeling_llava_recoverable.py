@@ -19,6 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
 from ..configuration.configuration_llava_recoverable import LlavaRecoverableConfig
 from .compatibility import (
+    cache_positions,
     checkpoints_activations,
     clip_embeddings,
     clip_layers,
@@ -266,12 +267,14 @@ class LlavaRecoverableModel(CompressedModelMixin, LlavaModel):
             inputs_embeds = inputs_embeds.masked_scatter(taken[..., None], tokens)
 
         sequence = lay_out(inputs_embeds, present, cache, lengths)
+        past, length = 0 if cache is None else cache.physical_length, sequence.inputs_embeds.shape[1]
         output = self.language_model(
             inputs_embeds=sequence.inputs_embeds,
             attention_mask=sequence.attention_mask,
             position_ids=sequence.position_ids,
             past_key_values=cache.inner if cache is not None else None,
             use_cache=cache is not None,
+            **cache_positions(past, length, inputs_embeds.device),
             **kwargs,
         )
         if cache is not None:

@@ -15,7 +15,7 @@ from foveate.registry import METHODS  # noqa: E402
 from .conversion.tiny_checkpoints import write_clip, write_llava  # noqa: E402
 
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
 #: How to write a tiny base of each kind, with the text encoder that goes with it.
 TINY_BASES = {"llava": (write_llava, write_clip)}

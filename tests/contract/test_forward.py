@@ -121,6 +121,7 @@ def test_keep_ratio_is_a_share_of_the_patches(model):
         ({"num_visual_tokens": 10_000}, "patches"),
         ({"num_visual_tokens": 0}, "at least 1"),
         ({"keep_ratio": 1.5}, "keep_ratio"),
+        ({"keep_ratio": "half"}, "keep_ratio"),
         ({"no_such_setting": 1}, "no_such_setting"),
     ],
 )

@@ -146,4 +146,5 @@ def _tokenizer(words: list[str], special: list[str], max_length: int = 2048) -> 
         additional_special_tokens=special,
         model_max_length=max_length,
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )

@@ -1,0 +1,85 @@
+"""`make demo`: a checkpoint is converted, and asked by a process that has never heard of foveate.
+
+Usage: python -m foveate.evaluation.demo FOLDER [PICTURE "QUESTION"]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ..conversion.convert import convert
+from ..lab.scenes import ask_questions, draw_scene, sample_scene
+from .ask import ask
+
+
+#: Runs without foveate: only Transformers and the checkpoint's own code.
+STRANGER = '''
+import importlib.abc, sys
+
+class NoFoveate(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "foveate":
+            raise ModuleNotFoundError("this process has no foveate", name=name)
+
+sys.meta_path.insert(0, NoFoveate())
+
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+folder, picture, *questions = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+image = Image.open(picture)
+for question in questions:
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.dtype)
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    answer = processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+    counts = len(model(**inputs, output_compression=True).compression[0].weights)
+    print(f"  AutoModelForImageTextToText  {question}  ->  {answer}   ({counts} of {model.config.num_patches} visual tokens)")
+ask = pipeline("image-text-to-text", model=model, processor=processor)
+for question in questions:
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+    answer = ask(text=chat, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"].strip()
+    print(f"  pipeline                     {question}  ->  {answer}")
+assert "foveate" not in sys.modules
+'''
+
+
+def main(folder: Path, picture: Path | None = None, question: str | None = None) -> None:
+    """Converts the lab model into `folder`/checkpoint, asks about a picture and leaves the picture of what was kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if picture is None:
+        scene = sample_scene("test", 7)
+        picture = folder / "scene.png"
+        draw_scene(scene).save(picture)
+        asked = ask_questions(scene, ("what", "colour", "where"))
+        questions = [qa.question for qa in asked]
+        print(f"Drew {picture}: {scene.caption}.")
+    else:
+        questions = [question or "What is in the picture?"]
+    checkpoint = folder / "checkpoint"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    convert("lab:tiny-llava", checkpoint, method="recoverable")
+    print(f"Converted lab:tiny-llava to {checkpoint}. Asked by a process without foveate:", flush=True)
+    environment = {**os.environ, "HF_HOME": str(folder.absolute() / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", STRANGER, str(checkpoint), str(picture), *questions]
+    subprocess.run(command, check=True, env=environment)
+    answer = ask(checkpoint, picture, questions[0], compare="lab:tiny-llava", show=folder / "kept.png")
+    print(
+        f"Visual tokens {answer.visual_tokens_before} -> {answer.visual_tokens_after}; what was kept, recovered and "
+        f"merged is drawn in {folder / 'kept.png'}."
+    )
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    main(Path(arguments[0]), *[Path(a) for a in arguments[1:2]], *arguments[2:3])
