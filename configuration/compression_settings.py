@@ -38,8 +38,8 @@ class CompressionSettings:
         method = block.pop("method", cls.method)
         if method != cls.method:
             raise ValueError(
-                f"This checkpoint's compression method is '{method}', not '{cls.method}': load it with the Auto classes, "
-                "which choose the right model."
+                f"This checkpoint's compression method is '{method}', not '{cls.method}': load it with the Auto "
+                "classes, which choose the right model."
             )
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(block) - set(known))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -79,10 +80,8 @@ def _sync_path(path: Path) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):  # someone else uses it by now
         folder.rmdir()
-    except OSError:
-        pass  # someone else uses it by now
 
 
 def _is_disk_full(error: BaseException) -> bool:

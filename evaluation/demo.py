@@ -17,7 +17,7 @@ from .ask import ask
 
 
 #: Runs without foveate: only Transformers and the checkpoint's own code.
-STRANGER = '''
+STRANGER = """
 import importlib.abc, sys
 
 class NoFoveate(importlib.abc.MetaPathFinder):
@@ -44,14 +44,15 @@ for question in questions:
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     answer = processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
     counts = len(model(**inputs, output_compression=True).compression[0].weights)
-    print(f"  AutoModelForImageTextToText  {question}  ->  {answer}   ({counts} of {model.config.num_patches} visual tokens)")
+    tokens = f"{counts} of {model.config.num_patches} visual tokens"
+    print(f"  AutoModelForImageTextToText  {question}  ->  {answer}   ({tokens})")
 ask = pipeline("image-text-to-text", model=model, processor=processor)
 for question in questions:
     chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
     answer = ask(text=chat, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"].strip()
     print(f"  pipeline                     {question}  ->  {answer}")
 assert "foveate" not in sys.modules
-'''
+"""
 
 
 def main(folder: Path, picture: Path | None = None, question: str | None = None) -> None:

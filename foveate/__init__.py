@@ -26,7 +26,12 @@ for _backbone in backbones():
     AutoModelForImageTextToText.register(_backbone.config_class, _backbone.generation_class)
     if AutoModelForVision2Seq is not AutoModelForImageTextToText:
         AutoModelForVision2Seq.register(_backbone.config_class, _backbone.generation_class)
-    for _class in (_backbone.config_class, _backbone.processor_class, _backbone.model_class, _backbone.generation_class):
+    for _class in (
+        _backbone.config_class,
+        _backbone.processor_class,
+        _backbone.model_class,
+        _backbone.generation_class,
+    ):
         globals()[_class.__name__] = _class
 
 CompressedModelMixin.code_writer = staticmethod(write_bundle)

@@ -62,7 +62,9 @@ MEASUREMENTS = [
     Measurement("base", "LLaVA, uncompressed", method=None),
     Measurement("base-dialogue", "LLaVA, uncompressed", "lab-dialogue", method=None),
     *[
-        Measurement(f"recoverable-{variant}{suffix}", f"Recoverable, {variant}, dynamic", task, settings={"variant": variant})
+        Measurement(
+            f"recoverable-{variant}{suffix}", f"Recoverable, {variant}, dynamic", task, settings={"variant": variant}
+        )
         for suffix, task in (("", "lab-vqa"), ("-dialogue", "lab-dialogue"))
         for variant in ("official", "paper")
     ],

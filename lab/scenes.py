@@ -204,7 +204,9 @@ def draw_scenes(scenes: list[Scene], augment: bool = False) -> tuple[torch.Tenso
             affine.append(_jitter(random, 40 if item.kind != "word" else 46))
             bends.append(random.normal(0, 0.025, (2, 4, 4)) if augment else np.zeros((2, 4, 4)))
             weights.append(random.uniform(-0.15, 0.15) if augment else 0.0)
-    grid = F.affine_grid(torch.tensor(np.stack(affine), dtype=torch.float32), [len(rows), 1, CELL_SIZE, CELL_SIZE], False)
+    grid = F.affine_grid(
+        torch.tensor(np.stack(affine), dtype=torch.float32), [len(rows), 1, CELL_SIZE, CELL_SIZE], False
+    )
     if augment:
         bend = torch.tensor(np.stack(bends), dtype=torch.float32)
         grid = grid + F.interpolate(bend, size=CELL_SIZE, mode="bicubic").permute(0, 2, 3, 1)
@@ -310,7 +312,9 @@ def _ask_where(scene: Scene, random: np.random.Generator) -> QuestionAnswer | No
     item = _pick(random, _unique(scene, "name" if by_name else "colour"))
     if item is None:
         return None
-    return QuestionAnswer(f"Where is the {item.noun if by_name else item.colour + ' object'}?", item.place, "where", item)
+    return QuestionAnswer(
+        f"Where is the {item.noun if by_name else item.colour + ' object'}?", item.place, "where", item
+    )
 
 
 def _ask_count(scene: Scene, random: np.random.Generator) -> QuestionAnswer:

@@ -1,7 +1,7 @@
 """Stage 1: the vision tower learns, at every patch, what is there, which colour it has and where it is.
 
 Throw-away linear heads on the penultimate layer (the one that LLaVA reads) give the signal; the class token learns
-which names and colours the scene holds. Taught end to end from answers alone, a tower this small stalls for a long time.
+which names and colours the scene holds. Taught end to end from answers alone, so small a tower stalls.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Tower(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, num_batches: int = 8) -> dict[str, float]:
-        """Share of validation objects whose patches together name them, by kind, and of patches with the right colour."""
+        """Share of validation objects that their patches name, by kind, and of patches with the right colour."""
         right, total, colours = torch.zeros(3), torch.zeros(3), []
         for step in range(num_batches):
             batch = tower_batch(step, "validation")

@@ -1,9 +1,9 @@
 """Trains the lab model: `make lab`, or `python -m foveate.lab.train`.
 
-Four stages, each resumable at any step (`lab/work/` holds their state): the vision tower learns to see (`tower.py`), the
-text tower is aligned with it (`alignment.py`), the language model learns to look things up (9 tokens a picture), then to
-answer from all 144 (`language.py`). The result goes to `lab/weights/` as two ordinary checkpoints, and the numbers of
-the training to `lab/results/training.json`.
+Four stages, each resumable at any step (`lab/work/` holds their state): the vision tower learns to see (`tower.py`),
+the text tower is aligned with it (`alignment.py`), the language model learns to look things up (9 tokens a picture),
+then to answer from all 144 (`language.py`). The result goes to `lab/weights/` as two ordinary checkpoints, and the
+numbers of the training to `lab/results/training.json`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def make_stages(folder: Path):
     features = cache_features(tower, folder, console.print)
     torch.manual_seed(SEED + 2)
     lookup = Speaker(features, pooled=True)
+    lookup.whiten_projector()
     seconds = _run("lookup", lookup, lookup_batch, lookup.loss, LOOKUP_STEPS, LOOKUP_RATE, folder, lookup.evaluate)
     yield "lookup", seconds, lookup
 
@@ -57,8 +58,8 @@ def make_stages(folder: Path):
     yield "language", seconds, speaker
 
 
-LOOKUP_STEPS, LOOKUP_RATE = 2000, 1e-3
-SPEAK_STEPS, SPEAK_RATE = 1500, 6e-4
+LOOKUP_STEPS, LOOKUP_RATE = 3000, 2e-3
+SPEAK_STEPS, SPEAK_RATE = 2400, 2e-3
 
 
 def lookup_batch(step: int) -> dict:
@@ -66,7 +67,8 @@ def lookup_batch(step: int) -> dict:
 
 
 def speaker_batch(step: int) -> dict:
-    return language_batch(step, batch_size=32, turns=8, first_epoch=50)
+    described = step % 2 == 0
+    return language_batch(step, batch_size=24, turns=5 if described else 8, described=described, first_epoch=100)
 
 
 def _run(name, module, batches, loss, num_steps, learning_rate, folder, evaluate) -> float:
@@ -137,16 +139,27 @@ def _publish(folder: Path, prefix: str, published: str) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def main(work: Path = HERE / "work", weights: Path = HERE / "weights", results: Path = HERE / "results") -> None:
-    """Trains what is not yet trained and writes the checkpoints."""
+def main(
+    work: Path = HERE / "work",
+    weights: Path = HERE / "weights",
+    results: Path = HERE / "results",
+    note: str = "",
+) -> None:
+    """Trains what is not yet trained and writes the checkpoints. `note`: what the account should say of this run."""
     for folder in (work, weights, results):
         folder.mkdir(parents=True, exist_ok=True)
     summary: dict[str, object] = {
         "command": "make lab",
         "seed": SEED,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
+    if note:
+        summary["note"] = note
     modules = {}
     for name, seconds, module in make_stages(work):
         modules[name] = module

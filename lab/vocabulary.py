@@ -77,8 +77,12 @@ def make_clip_tokenizer() -> CLIPTokenizerFast:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY_SIZE, end_of_word_suffix="</w>", show_progress=False)
-    # CLIP splits at spaces and before punctuation and digits before it merges; trained on such pieces it can do the same.
-    pieces = (piece for sentence in _sentences(captions=True) for piece in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", sentence.lower()))
+    # CLIP splits at spaces, punctuation and digits before it merges; trained on such pieces it can do the same.
+    pieces = (
+        piece
+        for sentence in _sentences(captions=True)
+        for piece in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", sentence.lower())
+    )
     tokenizer.train_from_iterator(pieces, trainer)
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

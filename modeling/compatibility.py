@@ -22,10 +22,8 @@ try:  # ≥ 5.0: checkpoint keys are renamed by a table, which custom classes ha
 except ImportError:  # 4.57: by the class attribute `_checkpoint_conversion_mapping`
     register_checkpoint_conversion_mapping = None
 
-try:  # 4.57
-    from transformers import AutoModelForVision2Seq
-except ImportError:  # ≥ 5.0 dropped it
-    from transformers import AutoModelForImageTextToText as AutoModelForVision2Seq
+#: 4.57 has a class of its own, ≥ 5.0 dropped it.
+AutoModelForVision2Seq = getattr(transformers, "AutoModelForVision2Seq", transformers.AutoModelForImageTextToText)
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
@@ -44,7 +42,7 @@ def register_key_mapping(model_class: type, generation_class: type, base_model_t
         return
     model_type = generation_class.config_class.model_type
     renamings = get_checkpoint_conversion_mapping(base_model_type)
-    # The stock table leaves it to the order of events whether `vision_model.` is written; published checkpoints have it.
+    # The stock table leaves it to the order of events whether `vision_model.` is written; published names have it.
     renamings = [renaming for renaming in renamings if renaming.source_patterns != ["^vision_tower"]]
     renamings += [WeightRenaming(r"^vision_tower\.vision_model", "model.vision_tower")]
     renamings += [WeightRenaming(source_patterns=f"^{key}", target_patterns=f"model.{key}") for key in own_keys]

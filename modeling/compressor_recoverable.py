@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
 OUTLIER_THRESHOLD = {"official": 1.5, "paper": 1.0}  # the code: scikit-learn's contamination="auto"; the paper: Eq. 5
 DROPPED, VISUAL, TEXT, MERGED = 0, 1, 2, 3  # roles; MERGED only in `TokenAssignment.provenance`
 

@@ -1,7 +1,7 @@
 """A KV cache that speaks *logical* positions to `generate` while the language model sees the *physical* ones inside.
 
 Logical is what the caller sees: the columns of `input_ids` and `attention_mask`, with every image placeholder. Physical
-is what the language model runs on: fewer entries, where a method drops visual tokens after the placeholders were written.
+is what the language model runs on: fewer entries, where a method drops visual tokens after placeholders were written.
 """
 
 from __future__ import annotations

@@ -259,7 +259,7 @@ class LlavaRecoverableModel(CompressedModelMixin, LlavaModel):
             taken = self._taken_placeholders(placeholders, images.counts)
             present = (taken | ~placeholders) if present is None else (taken | ~placeholders) & present
             row_lengths = present.sum(1)
-            # The one time that the host waits for the device: lengths of the sequence, and the check of the placeholders.
+            # The one time that the host waits for the device: lengths of the sequence, check of the placeholders.
             shortest, longest, found = torch.stack([row_lengths.min(), row_lengths.max(), placeholders.sum()]).tolist()
             lengths = (shortest, longest)
             self._check_placeholders(found, len(pixel_values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
@@ -90,8 +91,10 @@ class QuestionProcessorMixin:
         return questions
 
     def _turn_markers(self) -> tuple[str, str]:
-        """The texts before a user's and before an assistant's words in this chat template ("USER:", "ASSISTANT:"), found
-        by rendering a conversation of known words. Empty where there is no template."""
+        """The texts before a user's and before an assistant's words in this chat template ("USER:", "ASSISTANT:").
+
+        Found by rendering a conversation of known words; empty where there is no template.
+        """
         template = self.chat_template or getattr(self.tokenizer, "chat_template", None)
         if not isinstance(template, str):
             return "", ""
@@ -107,8 +110,8 @@ class QuestionProcessorMixin:
         for word in words:
             before, _, rendered = rendered.partition(word)
             parts.append(before)
-        user = os.path.commonprefix([parts[0][::-1], parts[2][::-1]])[::-1].strip()
-        assistant = os.path.commonprefix([parts[1], rendered]).strip()
+        user = _common_start(parts[0][::-1], parts[2][::-1])[::-1].strip()
+        assistant = _common_start(parts[1], rendered).strip()
         self._markers_of = (template, (user, assistant))
         return user, assistant
 
@@ -155,6 +158,10 @@ def _return_tensors(kwargs: dict[str, Any]):
     return (kwargs.get("text_kwargs") or kwargs.get("common_kwargs") or {}).get("return_tensors")
 
 
+def _common_start(first: str, second: str) -> str:
+    return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
+
+
 def _flatten(images) -> list:
     if images is None:
         return []
@@ -167,8 +174,8 @@ def _require_question(question: str, row: int | None = None) -> str:
     if not isinstance(question, str) or not question.strip():
         where = "" if row is None else f" of prompt {row}"
         raise ValueError(
-            f"An image{where} has no question beside it, and the question guides the compression: write the question in "
-            "the same user turn as the image, or pass `question=`."
+            f"An image{where} has no question beside it, and the question guides the compression: write the question "
+            "in the same user turn as the image, or pass `question=`."
         )
     return question
 

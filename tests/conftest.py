@@ -6,13 +6,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from foveate import convert  # noqa: E402
-from foveate.registry import METHODS  # noqa: E402
+from foveate import convert
+from foveate.registry import METHODS
 
-from .conversion.tiny_checkpoints import write_clip, write_llava  # noqa: E402
+from .conversion.tiny_checkpoints import write_clip, write_llava
 
 
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other

@@ -59,9 +59,7 @@ def test_eager_and_sdpa_agree(checkpoint, model, inputs_of):
     ).eval()
     inputs = inputs_of(*ROWS)
     text = at_text(inputs, model)
-    torch.testing.assert_close(
-        logits_of(eager, inputs)[text], logits_of(model, inputs)[text], atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(logits_of(eager, inputs)[text], logits_of(model, inputs)[text], atol=1e-5, rtol=1e-5)
 
 
 def test_no_method_asks_for_attention_matrices(model, inputs_of, monkeypatch):

@@ -88,7 +88,9 @@ def test_streamers_scores_and_stopping_criteria_work(model, inputs_of):
     assert torch.equal(torch.cat(streamer.pieces)[:-1], output.sequences[0])
 
 
-@pytest.mark.parametrize("second", [Row(" is it red ASSISTANT:"), Row(" <image> what colour ASSISTANT:", (picture(9),))])
+@pytest.mark.parametrize(
+    "second", [Row(" is it red ASSISTANT:"), Row(" <image> what colour ASSISTANT:", (picture(9),))]
+)
 @pytest.mark.parametrize("all_images", [True, False], ids=["all-images", "new-images"])
 def test_a_later_turn_on_the_same_cache_gives_what_a_fresh_run_gives(model, processor, inputs_of, second, all_images):
     """Two rows of different lengths; the second turn may bring an image, passed alone or after the first ones."""

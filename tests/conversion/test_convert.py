@@ -129,7 +129,7 @@ class TestAConvertedCheckpoint:
         assert written.keys() - published.keys() == {"auto_map", "compression", "question_config"}
         assert written["compression"]["method"] == "recoverable"
         assert written["compression"]["lof_neighbors"] == 5
-        assert written["question_config"]["hidden_size"] == 24
+        assert written["question_config"]["hidden_size"] == 64
         assert written["question_config"]["projection_dim"] == 16
 
     def test_has_the_files_of_base_and_text_encoder_that_it_needs(self, base, clip, out):
@@ -374,7 +374,7 @@ class TestATextEncoderThatIsNotFit:
         assert_refused(out, "is a 'clip_text_model' checkpoint", base, out, text_encoder=clip)
 
     def test_of_another_vision_tower(self, base, out, tmp_path):
-        clip = write_clip(tmp_path / "in" / "wide", hidden_size=64)
+        clip = write_clip(tmp_path / "in" / "wide", hidden_size=32)
         assert_refused(
             out, r"visual_projection.weight is \(16, 64\), and \(16, 32\) is needed", base, out, text_encoder=clip
         )

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+
 from foveate.modeling.compressor_recoverable import assign_tokens, local_outlier_factor, text_similarity, visual_scores
 
 from . import reference_recoverable as reference
+
 
 VARIANTS = ("official", "paper")
 FLAGS = [(text, secondary) for text in (True, False) for secondary in (True, False)]
@@ -400,5 +402,5 @@ def test_bad_input_is_told_what_to_do():
     with pytest.raises(ValueError, match="'official', 'paper'"):
         assign_tokens(*inputs, variant="fast")
     for budget in (0, 10, -1):
-        with pytest.raises(ValueError, match="`num_visual_tokens` is .* 9 patches"):
+        with pytest.raises(ValueError, match=r"`num_visual_tokens` is .* 9 patches"):
             assign_tokens(*inputs, variant="paper", num_visual_tokens=budget)
