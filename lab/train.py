@@ -59,7 +59,7 @@ def make_stages(folder: Path):
 
 
 LOOKUP_STEPS, LOOKUP_RATE = 3000, 2e-3
-SPEAK_STEPS, SPEAK_RATE = 2400, 2e-3
+SPEAK_STEPS, SPEAK_RATE = 2700, 2e-3
 
 
 def lookup_batch(step: int) -> dict:
@@ -67,8 +67,8 @@ def lookup_batch(step: int) -> dict:
 
 
 def speaker_batch(step: int) -> dict:
-    described = step % 2 == 0
-    return language_batch(step, batch_size=24, turns=5 if described else 8, described=described, first_epoch=100)
+    described = step % 4 == 0
+    return language_batch(step, batch_size=24, turns=5 if described else 9, described=described, first_epoch=100)
 
 
 def _run(name, module, batches, loss, num_steps, learning_rate, folder, evaluate) -> float:
@@ -114,6 +114,7 @@ def write_checkpoints(tower_and_text: Alignment, speaker: Speaker, folder: Path)
         num_additional_image_tokens=1,
     )
     processor.save_pretrained(llava)
+    image_processor.save_pretrained(llava)  # where 4.57 looks for it
     save_tokenizer(tokenizer, llava)
     _publish(llava, "vision_tower.", "vision_tower.vision_model.")
 
@@ -121,6 +122,8 @@ def write_checkpoints(tower_and_text: Alignment, speaker: Speaker, folder: Path)
     clip.to(torch.bfloat16).save_pretrained(clip_folder)
     image_processor.save_pretrained(clip_folder)
     save_tokenizer(questions, clip_folder)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
 
 
 def _publish(folder: Path, prefix: str, published: str) -> None:
@@ -133,7 +136,6 @@ def _publish(folder: Path, prefix: str, published: str) -> None:
         for key, value in load_file(path).items()
     }
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"].setdefault("rope_theta", 10000.0)  # 5.x writes it in a block that 4.57 does not read
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
