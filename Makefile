@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # Whole groups of contract tests run on every supported series; `make test` has the newest.
 COMPAT := 4.57.6 5.17.0
 
+.SECONDARY: # environments are kept
 .PHONY: demo test test-compat lint format lab results benchmark clean
 
 demo: $(VENV)/.installed-eval
@@ -46,10 +47,13 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 
-.venv-%/.installed-test: setup.cfg pyproject.toml
+# The oldest supported Transformers is tested with the oldest of everything else.
+.venv-4.57.6/.installed-test: OLDEST := --constraint tests/lower-bounds.txt
+
+.venv-%/.installed-test: setup.cfg pyproject.toml tests/lower-bounds.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --upgrade pip
-	.venv-$*/bin/python -m pip install --quiet 'transformers==$*' --editable '.[test]'
+	.venv-$*/bin/python -m pip install --quiet $(OLDEST) 'transformers==$*' --editable '.[test]'
 	touch $@
 
 clean:
