@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from ..errors import FoveateError, first_sentence
 from ..hub_cards.card import write_card
 from ..lab import BASES as LAB_BASES
-from ..processing.question_processor import QUESTION_TOKENIZER_FOLDER
+from ..processing.question_processor import QUESTION_TOKENIZER_FOLDER, common_start
 from ..registry import METHODS, Backbone
 from .atomic_folder import atomic_folder, require_free
 from .bundle import write_bundle
@@ -208,7 +208,7 @@ def _read_base_weights(base: BaseCheckpoint) -> list[Shard]:
     keys = sorted(key for shard in shards for key in shard.tensors)
     for prefix in PUBLISHED_NAMES.get(base.config.model_type, ()):
         if not any(key.startswith(prefix) for key in keys):
-            nearest = max(keys, key=lambda key: sum(a == b for a, b in zip(prefix, key)), default="none")
+            nearest = max(keys, key=lambda key: len(common_start(prefix, key)), default="none")
             raise FoveateError(
                 f"{base.name} has no weights named '{prefix}…', as published '{base.config.model_type}' checkpoints "
                 f"have (it has '{nearest}'): rename them first."

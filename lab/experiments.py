@@ -49,7 +49,7 @@ def _variants(tokens: int) -> list[Measurement]:
     return [
         Measurement(
             f"recoverable-{variant}-{tokens}",
-            f"Recoverable, {variant}, {tokens} tokens",
+            f"Recoverable, {variant}, fixed budget",
             settings={"variant": variant, "num_visual_tokens": tokens},
         )
         for variant in ("official", "paper")

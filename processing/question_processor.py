@@ -110,8 +110,8 @@ class QuestionProcessorMixin:
         for word in words:
             before, _, rendered = rendered.partition(word)
             parts.append(before)
-        user = _common_start(parts[0][::-1], parts[2][::-1])[::-1].strip()
-        assistant = _common_start(parts[1], rendered).strip()
+        user = common_start(parts[0][::-1], parts[2][::-1])[::-1].strip()
+        assistant = common_start(parts[1], rendered).strip()
         self._markers_of = (template, (user, assistant))
         return user, assistant
 
@@ -158,7 +158,8 @@ def _return_tensors(kwargs: dict[str, Any]):
     return (kwargs.get("text_kwargs") or kwargs.get("common_kwargs") or {}).get("return_tensors")
 
 
-def _common_start(first: str, second: str) -> str:
+def common_start(first: str, second: str) -> str:
+    """The beginning that two texts share."""
     return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
 
 

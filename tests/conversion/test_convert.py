@@ -130,7 +130,7 @@ class TestAConvertedCheckpoint:
         assert written["compression"]["method"] == "recoverable"
         assert written["compression"]["lof_neighbors"] == 5
         assert written["question_config"]["hidden_size"] == 64
-        assert written["question_config"]["projection_dim"] == 16
+        assert written["question_config"]["projection_dim"] == 32
 
     def test_has_the_files_of_base_and_text_encoder_that_it_needs(self, base, clip, out):
         (base / "secret.txt").write_text("not the model's")
@@ -376,7 +376,7 @@ class TestATextEncoderThatIsNotFit:
     def test_of_another_vision_tower(self, base, out, tmp_path):
         clip = write_clip(tmp_path / "in" / "wide", hidden_size=32)
         assert_refused(
-            out, r"visual_projection.weight is \(16, 64\), and \(16, 32\) is needed", base, out, text_encoder=clip
+            out, r"visual_projection.weight is \(32, 32\), and \(32, 64\) is needed", base, out, text_encoder=clip
         )
 
     def test_none_named_for_a_vision_tower_that_is_not_known(self, base, out):
