@@ -152,22 +152,6 @@ class Speaker(nn.Module):
             {"linear_1": nn.Linear(features["train"].shape[-1], width), "linear_2": nn.Linear(width, width)}
         )
 
-    @torch.no_grad()
-    def whiten_projector(self, num_scenes: int = 512) -> None:
-        """Starts the projector's first layer as a whitening of the features.
-
-        What an object is makes 71 % of the features' variance, its colour 10 %, its row in the picture 2.5 %; left so,
-        the language model takes thousands of steps to notice where things are.
-        """
-        features = self.features["train"][:num_scenes].float().flatten(0, 1)
-        mean = features.mean(0)
-        variance, directions = torch.linalg.eigh(torch.cov((features - mean).T))
-        whitening = directions / (variance + 0.01 * variance.mean()).sqrt()  # columns: direction / its deviation
-        first = self.multi_modal_projector["linear_1"]
-        mixing = torch.nn.init.orthogonal_(torch.empty_like(first.weight))  # (width, features), orthonormal columns
-        first.weight.copy_(mixing @ whitening.T)
-        first.bias.copy_(-first.weight @ mean)
-
     def logits(self, batch: dict[str, torch.Tensor], split: str) -> torch.Tensor:
         """(batch, length of `ids`, vocabulary), each at the position that predicts the id of that place."""
         projector = self.multi_modal_projector

@@ -48,7 +48,6 @@ def make_stages(folder: Path):
     features = cache_features(tower, folder, console.print)
     torch.manual_seed(SEED + 2)
     lookup = Speaker(features, pooled=True)
-    lookup.whiten_projector()
     seconds = _run("lookup", lookup, lookup_batch, lookup.loss, LOOKUP_STEPS, LOOKUP_RATE, folder, lookup.evaluate)
     yield "lookup", seconds, lookup
 
