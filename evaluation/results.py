@@ -22,7 +22,8 @@ TRAINING_FILE = "training.json"
 _HEAD = """# Results
 
 Made by `python -m foveate.evaluation.results` from the files in `{folder}/`; don't edit by hand. Answers are compared
-exactly; intervals are 95 % (Wilson). Test scenes use handwritten digits that training never saw.
+exactly; intervals are 95 % (Wilson). Test scenes use handwritten digits that training never saw. What the commands name
+`lab/work/converted/METHOD` is made by `foveate convert lab:tiny-llava lab/work/converted/METHOD --method METHOD`.
 """
 _NEEDED = {
     "command",
