@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from transformers import CLIPTextConfig
+
 
 Settings = TypeVar("Settings", bound="CompressionSettings")
 
@@ -52,13 +54,15 @@ class CompressionSettings:
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.method, **dataclasses.asdict(self)}
 
-    def validate_for(self, num_patches: int) -> None:
-        """Checks the settings against the number of patches of an image. Raises `ValueError`."""
-        if self.num_visual_tokens is not None and self.num_visual_tokens > num_patches:
+    def fitted_to(self: Settings, config: Any) -> Settings:
+        """These settings with what is `None` filled in where the model's config says it. Raises `ValueError` for what
+        the model can't do."""
+        if self.num_visual_tokens is not None and self.num_visual_tokens > config.num_patches:
             raise ValueError(
-                f"num_visual_tokens is {self.num_visual_tokens}, but an image has only {num_patches} patches: "
-                f"choose at most {num_patches}."
+                f"num_visual_tokens is {self.num_visual_tokens}, but an image has only {config.num_patches} patches: "
+                f"choose at most {config.num_patches}."
             )
+        return self
 
 
 def require_positive_int(name: str, value: Any, optional: bool = False) -> None:
@@ -112,3 +116,29 @@ class CompressionConfigMixin:
         if isinstance(output.get("compression"), CompressionSettings):
             output["compression"] = output["compression"].to_dict()
         return output
+
+
+class QuestionGuidedConfigMixin(CompressionConfigMixin):
+    """A config whose model reads the question with a CLIP text tower, and compresses what one vision layer gives.
+
+    Its class calls `_set_method_fields` before the Transformers class's `__init__`, which may already read them, and
+    `_check_method_fields` after it.
+    """
+
+    question_config: CLIPTextConfig
+
+    def _set_method_fields(self, question_config: Any, compression: Any) -> None:
+        if not isinstance(question_config, CLIPTextConfig):
+            question_config = CLIPTextConfig(**(question_config or {}))
+        self.question_config = question_config
+        self.compression = self.settings_class.from_dict(compression)
+
+    def _check_method_fields(self) -> None:
+        layer, strategy = self.vision_feature_layer, self.vision_feature_select_strategy  # type: ignore[attr-defined]
+        if not isinstance(layer, int) or strategy != "default":
+            raise ValueError(
+                f"The method '{self.settings_class.method}' needs one vision_feature_layer and "
+                f"vision_feature_select_strategy 'default' (patches without the class token), not {layer!r} and "
+                f"{strategy!r}."
+            )
+        self.compression = self.compression.fitted_to(self)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from transformers import CLIPTextConfig, LlavaConfig
 
 from .compression_settings import (
-    CompressionConfigMixin,
     CompressionSettings,
+    QuestionGuidedConfigMixin,
     require_bool,
     require_one_of,
     require_positive_int,
@@ -49,7 +49,7 @@ class RecoverableSettings(CompressionSettings):
         require_positive_int("secondary_lof_neighbors", self.secondary_lof_neighbors)
 
 
-class LlavaRecoverableConfig(CompressionConfigMixin, LlavaConfig):
+class LlavaRecoverableConfig(QuestionGuidedConfigMixin, LlavaConfig):
     """`LlavaConfig` with the question's text encoder and the settings of the compression.
 
     Args:
@@ -67,16 +67,7 @@ class LlavaRecoverableConfig(CompressionConfigMixin, LlavaConfig):
         compression: RecoverableSettings | dict[str, Any] | None = None,
         **kwargs,
     ):
-        if not isinstance(question_config, CLIPTextConfig):
-            question_config = CLIPTextConfig(**(question_config or {}))
-        self.question_config = question_config
-        self.compression = RecoverableSettings.from_dict(compression)
+        self._set_method_fields(question_config, compression)
         kwargs["auto_map"] = self.remote_code_map()
         super().__init__(**kwargs)
-        if not isinstance(self.vision_feature_layer, int) or self.vision_feature_select_strategy != "default":
-            raise ValueError(
-                "Recoverable Compression needs one vision_feature_layer and vision_feature_select_strategy 'default' "
-                f"(patches without the class token), not {self.vision_feature_layer!r} and "
-                f"{self.vision_feature_select_strategy!r}."
-            )
-        self.compression.validate_for(self.num_patches)
+        self._check_method_fields()

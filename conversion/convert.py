@@ -2,8 +2,7 @@
 
 The base's weight files are copied byte for byte under the published names of their tensors; what the method adds goes
 into one small file more, and one index lists all. Config, processor, the model's code and the card lie beside them.
-What a method adds is what its model has and the base's has not, so a new method whose additions come from CLIP needs
-nothing here.
+What a method adds is what its model has and the base's has not, so a new method needs nothing here.
 """
 
 from __future__ import annotations
@@ -47,7 +46,8 @@ from .text_encoder import CLIP_MODULES, TextEncoder, open_text_encoder
 TEXT_ENCODERS = {(1024, 24, 336, 14): "openai/clip-vit-large-patch14-336"}
 
 #: How the weights of a base model's checkpoint are named on the hub: what the names begin with.
-PUBLISHED_NAMES = {"llava": ("language_model.model.", "vision_tower.vision_model.", "multi_modal_projector.")}
+_LLAVA_NAMES = ("language_model.model.", "vision_tower.vision_model.", "multi_modal_projector.")
+PUBLISHED_NAMES = {"llava": _LLAVA_NAMES, "llava_next": (*_LLAVA_NAMES, "image_newline")}
 
 _SMALL_FILES_BYTES = 32_000_000  # tokenizers, config, code, card: a generous guess
 
@@ -101,8 +101,7 @@ def convert(
     processor = _make_processor(source, backbone, encoder, config)
 
     shards = _read_base_weights(source)
-    shapes = _added_parameters(source, backbone, config)
-    new = encoder.read_parameters(shapes, stored_dtype(shards)) if encoder else {}
+    new = _read_or_draw_parameters(source, backbone, encoder, config, stored_dtype(shards))
 
     num_bytes = sum(shard.num_bytes for shard in shards) + _num_bytes(new) + _SMALL_FILES_BYTES
     with atomic_folder(out, num_bytes) as folder:
@@ -216,22 +215,24 @@ def _read_base_weights(base: BaseCheckpoint) -> list[Shard]:
     return shards
 
 
-def _added_parameters(base: BaseCheckpoint, backbone: Backbone, config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what the method's model has and the base's has not, from models without memory."""
-    with torch.device("meta"):
+def _read_or_draw_parameters(
+    base: BaseCheckpoint, backbone: Backbone, encoder: TextEncoder | None, config: Any, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """What the method's model has and the base's has not: read from CLIP, or, where the method trains it, drawn as the
+    model itself begins (seed 0)."""
+    with torch.device("meta"):  # models without memory
         stock, compressed = AutoModel.from_config(base.config), backbone.model_class(config)
     of_stock = {name.partition(".")[0] for name in stock.state_dict()}
-    added = {
-        name: tuple(tensor.shape)
-        for name, tensor in compressed.state_dict().items()
-        if name.partition(".")[0] not in of_stock
-    }
-    for name in added:
-        if name.partition(".")[0] not in CLIP_MODULES:
-            raise FoveateError(
-                f"A base can't be converted to '{config.model_type}' yet: nothing says how {name} begins."
-            )
-    return added
+    added = {name: t for name, t in compressed.state_dict().items() if name.partition(".")[0] not in of_stock}
+    from_clip = {name: tuple(t.shape) for name, t in added.items() if name.partition(".")[0] in CLIP_MODULES}
+    parameters = encoder.read_parameters(from_clip, dtype) if encoder else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in sorted({name.partition(".")[0] for name in added.keys() - from_clip.keys()}):
+            drawn = getattr(compressed, module).to_empty(device="cpu")
+            drawn.apply(compressed._init_weights)
+            parameters |= {f"{module}.{name}": tensor.to(dtype) for name, tensor in drawn.state_dict().items()}
+    return parameters
 
 
 def _write_weights(shards: list[Shard], new: dict[str, torch.Tensor], folder: Path) -> None:

@@ -16,6 +16,7 @@ from ..errors import FoveateError
 from ..lab.scenes import draw_scene, sample_scene
 from ..modeling.compatibility import iterate_cache_tensors
 from ..modeling.compressed_model import TokenProvenance
+from .flops import kv_bytes_by_account
 from .harness import Checkpoint, open_checkpoint, require_writable
 from .picture import draw_compression, shown_image
 
@@ -178,13 +179,6 @@ def _times_to_first_token(asked: Iterable[_Asked]) -> list[float]:
     """Median seconds of each; they take turns, so that what else the machine does falls on all of them."""
     rounds = [[one.first_token() for one in asked] for _ in range(1 + _NUM_TIMINGS)][1:]
     return [statistics.median(times) for times in zip(*rounds)]
-
-
-def kv_bytes_by_account(text_config: Any, num_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of `num_tokens` tokens in a language model of this config."""
-    heads = text_config.num_key_value_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    return num_tokens * text_config.num_hidden_layers * 2 * heads * head_dim * dtype.itemsize
 
 
 def open_image(image: str | Path | Image.Image) -> Image.Image:

@@ -6,8 +6,10 @@ What is heavy to import is imported by the command that needs it.
 from __future__ import annotations
 
 import json
+import os
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +23,7 @@ from .errors import FoveateError, first_sentence
 
 if TYPE_CHECKING:
     from .evaluation.ask import Answer
+    from .evaluation.flops import FlopsReport
 
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -82,6 +85,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A setting of the compression, as JSON or plain text; repeatable."),
 ]
+NumVisualTokens = Annotated[
+    int | None, typer.Option(help="Tokens that an image is compressed to; the method's own number, if not said.")
+]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one, if not said.")]
 
@@ -126,6 +132,7 @@ def convert(
     text_encoder: Annotated[
         str | None, typer.Option(metavar="CLIP", help="CLIP checkpoint that reads the question; known for most bases.")
     ] = None,
+    num_visual_tokens: NumVisualTokens = None,
     settings: Settings = None,
 ) -> None:
     """Make a checkpoint with visual token compression from a base model's.
@@ -133,11 +140,13 @@ def convert(
     OUT loads with Transformers alone (trust_remote_code=True). It appears when it is complete, or not at all.
     """
     changes = parse_settings(settings)
+    if num_visual_tokens is not None:
+        changes["num_visual_tokens"] = num_visual_tokens
     _quiet()
     from .conversion.convert import convert as convert_checkpoint
 
     written = convert_checkpoint(base, out, method, text_encoder, changes)
-    typer.echo(f"Wrote {written} ({_size(sum(path.stat().st_size for path in written.rglob('*') if path.is_file()))}).")
+    typer.echo(f"Wrote {written} ({_size_of(written)}).")
 
 
 @app.command()
@@ -197,6 +206,110 @@ def evaluate(
         typer.echo(f"Result: {json_file}")
 
 
+@app.command()
+def flops(
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="CKPT", help="Folder, hub id, or lab:tiny-llava; only its config is read.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A published model without its checkpoint: llava-1.5-7b, …"),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="With --shape: a name that `foveate methods` lists.")] = None,
+    num_visual_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that an image (LLaVA-NeXT: a tile) is compressed to.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="I,J,…", help="QG-VTC: the layers that compress, counted from 0.")
+    ] = None,
+    settings: Settings = None,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Size of the image in pixels; one tile's, if not said.")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(help="Length of the prompt without its visual tokens.")] = 60,
+    encoder_ratio: Annotated[
+        bool, typer.Option("--encoder-ratio", help="QG-VTC's R (Eq. 6) in percent, of CLIP ViT-L/14-336.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with raw numbers instead of a table.")] = False,
+) -> None:
+    """Count a model's FLOPs and KV-cache bytes by account, beside the same model uncompressed."""
+    changes = parse_settings(settings)
+    if num_visual_tokens is not None:
+        changes["num_visual_tokens"] = num_visual_tokens
+    if layers is not None:
+        changes["layers"] = parse_layers(layers)
+    size = parse_image_size(image_size) if image_size is not None else None
+    _quiet()
+    from .evaluation.flops import encoder_ratio as ratio_of
+    from .evaluation.flops import flops as count
+
+    if encoder_ratio:
+        if layers is None or num_visual_tokens is None or checkpoint or shape or method or settings or image_size:
+            raise FoveateError("--encoder-ratio takes --layers and --num-visual-tokens, and nothing else but --json.")
+        ratio = round(ratio_of(changes["layers"], num_visual_tokens), 2)
+        typer.echo(json.dumps({"R": ratio}) if as_json else f"R = {ratio:.2f} %")
+        return
+    report = count(checkpoint, shape, method, changes, size, text_tokens)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    Console().print(_flops_table(report))
+
+
+@app.command()
+def train(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="A name that `foveate methods` lists as trained.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="Folder or hub id: converted, or trained in the stage before.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+    stage: Annotated[int, typer.Option(help="Stage of the recipe.")] = 1,
+    data: Annotated[
+        str | None, typer.Option(metavar="JSON", help="File in LLaVA's format, lab, or lab:NUMBER of scenes.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the file's image paths begin; its own folder, if not said."),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(metavar="YAML", help="A recipe in place of the method's own.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A value of the recipe's stage, for instance lora.r=8; repeatable."
+        ),
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Steps of the optimizer, in place of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a device and step.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Order of the data, and initial values.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the recipe's), float32 or bfloat16: what is computed in.")] = "auto",
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out what has an image that is missing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training of OUT that was broken off.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge/--keep-adapter", help="Merge LoRA into the weights, or keep it in OUT/adapter.")
+    ] = True,
+    keep_state: Annotated[
+        bool, typer.Option("--keep-state", help="Leave OUT.training, what training goes on from, there at the end.")
+    ] = False,
+) -> None:
+    """Train a stage of a method's recipe; the result is again a checkpoint that loads with Transformers alone.
+
+    For many devices: accelerate launch --config_file CONFIG -m foveate train … (training/launch has configurations).
+    """
+    options = {"data": data, "images": images and str(images), "max_steps": max_steps, "batch_size": batch_size}
+    options |= {"seed": seed, "skip_missing": skip_missing or None, "precision": _precision(dtype)}
+    changes = parse_settings(settings) | {key: value for key, value in options.items() if value is not None}
+    _quiet()
+    from .training.train import train as train_checkpoint
+
+    written = train_checkpoint(
+        method, checkpoint, out, stage, recipe, changes, resume=resume, merge=merge, keep_state=keep_state
+    )
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"Wrote {written} ({_size_of(written)}).")
+
+
 def main() -> None:
     """Entry point of the `foveate` command."""
     app(prog_name="foveate")
@@ -220,6 +333,30 @@ def parse_settings(words: list[str] | None) -> dict[str, Any]:
     return settings
 
 
+def parse_layers(words: str) -> list[int]:
+    """`"12,14"` → [12, 14]. Raises `FoveateError` for anything but whole numbers."""
+    numbers = [word.strip() for word in words.split(",")]
+    if not all(number.isascii() and number.isdecimal() for number in numbers):
+        raise FoveateError(f"--layers {words} is no list of layers: write numbers with commas, for instance 12,14,16.")
+    return [int(number) for number in numbers]
+
+
+def parse_image_size(words: str) -> tuple[int, int]:
+    """`"640x480"` → (640, 480), width first. Raises `FoveateError` for anything else."""
+    numbers = words.lower().split("x")
+    if len(numbers) != 2 or not all(number.isascii() and number.isdecimal() for number in numbers):
+        raise FoveateError(f"--image-size {words} is no size: write WIDTHxHEIGHT in pixels, for instance 640x480.")
+    return int(numbers[0]), int(numbers[1])
+
+
+def _precision(dtype: str) -> str | None:
+    """A recipe's word for a dtype; `None` for its own. Raises `FoveateError`."""
+    words = {"auto": None, "float32": "fp32", "bfloat16": "bf16"}
+    if dtype not in words:
+        raise FoveateError(f"Training can't compute in '{dtype}': choose one of {', '.join(words)}.")
+    return words[dtype]
+
+
 def _quiet() -> None:
     """Transformers' notes on loading are not for those who only want an answer."""
     from transformers.utils import logging
@@ -238,6 +375,28 @@ def _answer_table(answer: Answer) -> Table:
     table.add_row("time to first token", _milliseconds(answer.time_to_first_token), base_time)
     base_bytes = answer.base_kv_bytes if answer.base_kv_bytes is not None else answer.kv_bytes_uncompressed
     table.add_row("KV cache of the prompt", _size(answer.kv_bytes), _size(base_bytes))
+    return table
+
+
+def _flops_table(report: FlopsReport) -> Table:
+    """TFLOPs and so on of the model and its base, and the share that is left; for a stock model, its own alone."""
+    model, base = report.model, report.base
+    compressed = report.method != "none"
+    table = _table("", report.method, "uncompressed", "share") if compressed else _table("", "this model")
+
+    def row(name: str, show: Callable[[int], str], mine: int, theirs: int) -> None:
+        share = f"{mine / theirs:.1%}" if theirs else ""
+        table.add_row(name, *([show(mine), show(theirs), share] if compressed else [show(mine)]))
+
+    for part in ("vision_tower", "text_encoder", "compressor", "projector", "llm_prefill", "total"):
+        name = "[bold]total[/]" if part == "total" else part.replace("_", " ").replace("llm", "LLM")
+        row(name, _flops, getattr(model, part), getattr(base, part))
+    row("visual tokens", str, model.visual_tokens, base.visual_tokens)
+    row("KV cache of the prompt", _size, model.kv_bytes, base.kv_bytes)
+    width, height = report.image_size
+    bound = "; at most: the method chooses the number by the image" if model.at_most else ""
+    table.caption = f"{width}x{height} pixels, {report.text_tokens} text tokens{bound}"
+    table.caption_justify = "left"
     return table
 
 
@@ -264,6 +423,18 @@ def _plain(text: str) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.1f} ms"
+
+
+def _flops(number: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g} {unit}FLOPs" if number else "–"
+        number /= 1000
+    return f"{number:.3g} TFLOPs"
+
+
+def _size_of(folder: Path) -> str:
+    return _size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
 
 
 def _size(num_bytes: float) -> str:

@@ -72,6 +72,16 @@ METHODS: dict[str, Method] = {
             needs_training=False,
             backbones=(Backbone("llava", "llava_recoverable", "LlavaRecoverable", "LLaVA-1.5"),),
         ),
+        Method(
+            name="qg-vtc",
+            title="QG-VTC",
+            paper="https://arxiv.org/abs/2504.00654",
+            needs_training=True,
+            backbones=(
+                Backbone("llava", "llava_qgvtc", "LlavaQGVTC", "LLaVA-1.5"),
+                Backbone("llava_next", "llava_next_qgvtc", "LlavaNextQGVTC", "LLaVA-NeXT"),
+            ),
+        ),
     )
 }
 

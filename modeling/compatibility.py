@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import eager_attention_forward
 
 
 try:  # ≥ 5.0: checkpoint keys are renamed by a table, which custom classes have to join
@@ -71,6 +73,19 @@ def run_clip_layer(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tenso
     if TRANSFORMERS_5:
         return layer(hidden_states, None)
     return layer(hidden_states, None, None)[0]  # 4.57: also a causal mask; a tuple comes back
+
+
+def run_attention(
+    attention: nn.Module, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """The kernel that a `CLIPAttention` is set to, on (batch, heads, tokens, head width) with all keys visible to all
+    queries; (batch, queries, width). In 4.57 `ALL_ATTENTION_FUNCTIONS` doesn't know the eager one."""
+    implementation = attention.config._attn_implementation
+    kernel = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+    mixed, _ = kernel(
+        attention, queries, keys, values, None, scaling=attention.scale, dropout=0.0, is_causal=attention.is_causal
+    )
+    return mixed.flatten(2)
 
 
 def image_features_output(tokens_per_image: list[torch.Tensor]):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from transformers import Cache
+from transformers.modeling_outputs import ModelOutput
 
 
 @dataclass
@@ -17,11 +19,52 @@ class TokenProvenance:
         weights: (tokens, patches), non-negative: how much of each source patch every token holds.
         roles: (tokens,), why each token is there, as an index into `role_names`.
         role_names: the method's names for the roles.
+        steps: for a method that compresses in several steps, the name of each and the patches whose tokens it kept.
     """
 
     weights: torch.Tensor
     roles: torch.Tensor
     role_names: tuple[str, ...]
+    steps: tuple[tuple[str, torch.Tensor], ...] = ()
+
+
+@dataclass
+class CompressedModelOutputWithPast(ModelOutput):
+    """Output of a compressed model without a language modeling head.
+
+    Args:
+        last_hidden_state: (batch, length, width), in the caller's columns; zeros at placeholders that have no token.
+        past_key_values: a [`LogicalCache`] where the language model runs on fewer columns than the caller sees.
+        hidden_states, attentions: of the language model, on the columns that it runs on.
+        image_hidden_states: (tokens of all images, width), the projected visual tokens, image after image.
+        compression: one [`TokenProvenance`] an image, when `output_compression=True`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    compression: list[TokenProvenance] | None = None
+
+
+@dataclass
+class CompressedCausalLMOutputWithPast(ModelOutput):
+    """Output of a compressed model with a language modeling head.
+
+    Args:
+        loss: next-token loss.
+        logits: (batch, length or `logits_to_keep`, vocabulary).
+        others: as in [`CompressedModelOutputWithPast`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    compression: list[TokenProvenance] | None = None
 
 
 class CompressedModelMixin:
@@ -53,30 +96,16 @@ class CompressedModelMixin:
                 raise ValueError(f"keep_ratio must be a number above 0 and at most 1, not {keep_ratio!r}.")
             changes["num_visual_tokens"] = max(1, round(keep_ratio * config.num_patches))
         settings = config.settings_class.from_dict({**config.compression.to_dict(), **changes})
-        settings.validate_for(config.num_patches)
-        config.compression = settings
+        config.compression = settings = settings.fitted_to(config)
         if processor is not None:
             processor.set_compression(settings)
 
 
-def select_images(images_per_row: torch.Tensor, first_per_row: torch.Tensor) -> torch.Tensor:
-    """Indices, among images listed row after row, of those from the `first_per_row`-th on in each row.
-
-    Args:
-        images_per_row, first_per_row: (rows,).
-    """
-    rank = _rank_in_row(images_per_row)
-    first = first_per_row.repeat_interleave(images_per_row)
-    return (rank >= first).nonzero()[:, 0]
+def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens, width) at (batch, chosen) → (batch, chosen, width)."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def repeat_images(images_per_row: torch.Tensor, repeats: int) -> torch.Tensor:
-    """Indices that repeat the images of each row as `repeat_interleave(repeats)` repeats the rows."""
-    starts = (images_per_row.cumsum(0) - images_per_row).repeat_interleave(repeats)
-    repeated = images_per_row.repeat_interleave(repeats)
-    return starts.repeat_interleave(repeated) + _rank_in_row(repeated)
-
-
-def _rank_in_row(images_per_row: torch.Tensor) -> torch.Tensor:
-    starts = (images_per_row.cumsum(0) - images_per_row).repeat_interleave(images_per_row)
-    return torch.arange(len(starts), device=starts.device) - starts
+def keep_logits(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """(batch, length, width) at the last columns (0: all of them), or at the columns of the given indices."""
+    return values[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else values[:, logits_to_keep]

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, CLIPTextModelWithProjection, DynamicCache, LlavaForConditionalGeneration, LlavaModel
-from transformers.modeling_outputs import ModelOutput
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
 from ..configuration.configuration_llava_recoverable import LlavaRecoverableConfig
@@ -27,53 +26,20 @@ from .compatibility import (
     register_key_mapping,
     run_clip_layer,
 )
-from .compressed_model import CompressedModelMixin, TokenProvenance, repeat_images, select_images
+from .compressed_model import (
+    CompressedCausalLMOutputWithPast,
+    CompressedModelMixin,
+    CompressedModelOutputWithPast,
+    TokenProvenance,
+    keep_logits,
+)
 from .compressor_recoverable import TokenAssignment, assign_tokens, text_similarity, visual_scores
+from .image_inputs import ImageInputsMixin
 from .logical_cache import LogicalCache
 from .physical_sequence import PhysicalSequence, lay_out
 
 
 ROLE_NAMES = ("dropped", "kept by the visual filter", "recovered by the question", "merged")
-_IMAGE_INPUTS = ("pixel_values", "question_input_ids", "question_attention_mask")
-
-
-@dataclass
-class LlavaRecoverableModelOutputWithPast(ModelOutput):
-    """Output of [`LlavaRecoverableModel`].
-
-    Args:
-        last_hidden_state: (batch, logical length, width); zeros at placeholders whose token is not there.
-        past_key_values: a [`LogicalCache`].
-        hidden_states, attentions: of the language model, on its physical sequence.
-        image_hidden_states: (tokens of all images, width), the projected visual tokens, image after image.
-        compression: one [`TokenProvenance`] an image, when `output_compression=True`.
-    """
-
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
-    compression: list[TokenProvenance] | None = None
-
-
-@dataclass
-class LlavaRecoverableCausalLMOutputWithPast(ModelOutput):
-    """Output of [`LlavaRecoverableForConditionalGeneration`].
-
-    Args:
-        loss: next-token loss over the tokens that are there.
-        logits: (batch, logical length or `logits_to_keep`, vocabulary).
-        others: as in [`LlavaRecoverableModelOutputWithPast`].
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
-    compression: list[TokenProvenance] | None = None
 
 
 @dataclass
@@ -201,7 +167,7 @@ class LlavaRecoverableModel(CompressedModelMixin, LlavaModel):
         output_compression: bool = False,
         return_dict: bool | None = None,
         **kwargs,
-    ) -> LlavaRecoverableModelOutputWithPast | tuple:
+    ) -> CompressedModelOutputWithPast | tuple:
         """
         Args:
             input_ids, attention_mask: (batch, logical length), a placeholder for every patch of every image; with a
@@ -239,7 +205,7 @@ class LlavaRecoverableModel(CompressedModelMixin, LlavaModel):
         use_cache: bool | None,
         output_compression: bool,
         **kwargs: Any,
-    ) -> tuple[LlavaRecoverableModelOutputWithPast, PhysicalSequence]:
+    ) -> tuple[CompressedModelOutputWithPast, PhysicalSequence]:
         """The forward pass, with `last_hidden_state` still on the physical sequence, which comes with it."""
         kwargs.pop("cache_position", None)  # 4.57's generate passes logical ones; the language model counts for itself
         if (input_ids is None) == (inputs_embeds is None):
@@ -279,7 +245,7 @@ class LlavaRecoverableModel(CompressedModelMixin, LlavaModel):
         )
         if cache is not None:
             cache.append(sequence.source, num_columns, sequence.has_gaps)
-        output = LlavaRecoverableModelOutputWithPast(
+        output = CompressedModelOutputWithPast(
             last_hidden_state=output.last_hidden_state,
             past_key_values=cache,
             hidden_states=output.hidden_states,
@@ -322,10 +288,11 @@ class LlavaRecoverableModel(CompressedModelMixin, LlavaModel):
             )
 
 
-class LlavaRecoverableForConditionalGeneration(CompressedModelMixin, LlavaForConditionalGeneration):
+class LlavaRecoverableForConditionalGeneration(ImageInputsMixin, CompressedModelMixin, LlavaForConditionalGeneration):
     """[`LlavaRecoverableModel`] with a language modeling head."""
 
     config_class = LlavaRecoverableConfig
+    image_inputs = ("pixel_values", "question_input_ids", "question_attention_mask")
     _can_compile_fullgraph = False
 
     def __init__(self, config: LlavaRecoverableConfig):
@@ -350,7 +317,7 @@ class LlavaRecoverableForConditionalGeneration(CompressedModelMixin, LlavaForCon
         output_compression: bool = False,
         return_dict: bool | None = None,
         **kwargs,
-    ) -> LlavaRecoverableCausalLMOutputWithPast | tuple:
+    ) -> CompressedCausalLMOutputWithPast | tuple:
         """
         Args:
             labels: (batch, logical length), −100 where no loss is wanted.
@@ -380,10 +347,10 @@ class LlavaRecoverableForConditionalGeneration(CompressedModelMixin, LlavaForCon
                     vocab_size=self.config.text_config.vocab_size,
                     **loss_kwargs,
                 )
-            logits = _keep(sequence.to_logical(physical_logits), logits_to_keep)
+            logits = keep_logits(sequence.to_logical(physical_logits), logits_to_keep)
         else:
-            logits = self.lm_head(_keep(sequence.to_logical(output.last_hidden_state), logits_to_keep))
-        output = LlavaRecoverableCausalLMOutputWithPast(
+            logits = self.lm_head(keep_logits(sequence.to_logical(output.last_hidden_state), logits_to_keep))
+        output = CompressedCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
@@ -398,55 +365,14 @@ class LlavaRecoverableForConditionalGeneration(CompressedModelMixin, LlavaForCon
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs):
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
-        images = {name: kwargs.pop(name, None) for name in _IMAGE_INPUTS}
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         if past_key_values is not None:
             past_key_values = LogicalCache.wrap(past_key_values, len(input_ids), input_ids.device)
-        # The stock model's own override (4.57) hands over images at the first column only.
-        inputs = super(LlavaForConditionalGeneration, self).prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        is_decoding = past > 0 and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == 1
-        if images["pixel_values"] is not None and not is_decoding:
-            inputs.update(self._images_not_cached(input_ids, past, images))
-        return inputs
+        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
 
-    def _images_not_cached(self, input_ids: torch.Tensor, past: int, images: dict) -> dict:
-        """Of all images those whose placeholders lie in columns that the cache does not hold."""
-        if past == 0:
-            return images
-        in_all, in_cache = self._images_per_row(input_ids), self._images_per_row(input_ids[:, :past])
-        number = len(images["pixel_values"])
-        if number != int(in_all.sum()):  # the caller passed the new ones alone (or the forward pass will complain)
-            return images
-        chosen = select_images(in_all, in_cache)
-        if len(chosen) == 0:
-            return dict.fromkeys(images)
-        return {name: None if value is None else value[chosen] for name, value in images.items()}
-
-    def _images_per_row(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return (input_ids == self.config.image_token_id).sum(1) // self.config.num_patches
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Rows are repeated each in its place, so images have to be repeated row by row, not one by one."""
-        images = {name: model_kwargs.pop(name, None) for name in _IMAGE_INPUTS}
-        if expand_size > 1 and input_ids is not None and images["pixel_values"] is not None:
-            per_row = self._images_per_row(input_ids)
-            cache = model_kwargs.get("past_key_values")
-            if cache is not None and len(images["pixel_values"]) != int(per_row.sum()):
-                per_row = per_row - self._images_per_row(input_ids[:, : cache.get_seq_length()])
-            chosen = repeat_images(per_row, expand_size)
-            images = {name: None if value is None else value[chosen] for name, value in images.items()}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        model_kwargs.update({name: value for name, value in images.items() if value is not None})
-        return input_ids, model_kwargs
-
-
-def _keep(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    return values[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else values[:, logits_to_keep]
+    def count_placeholders(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
+        pixel_values = images["pixel_values"]
+        return torch.full((len(pixel_values),), self.config.num_patches, device=pixel_values.device)
 
 
 register_key_mapping(

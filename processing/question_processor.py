@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -21,10 +22,16 @@ MAX_ASPECT_RATIO = 100
 class QuestionProcessorMixin:
     """Mixed into a processor, before the Transformers class.
 
-    An image is guided by the text of the user's turn that it stands in, so a later turn never changes how an earlier
-    image is compressed, and a cache stays valid. `question=` says otherwise: one text for all, one a row, or a list a
-    row with one text an image.
+    Which question guides an image is read from the prompt, by the rule of the method (`guiding_turn`); `question=` says
+    otherwise: one text for all, one a row, or a list a row with one text an image.
     """
+
+    #: "own": the user's turn that the image stands in, so that a later turn never changes how an earlier image is
+    #: compressed. "last": the user's last turn, for all images of a prompt; a cache keeps what guided it at first.
+    guiding_turn: ClassVar[str] = "own"
+
+    #: Whether an image without a question is an error. Where it is none, its attention mask is all zeros.
+    requires_question: ClassVar[bool] = True
 
     def __call__(self, images=None, text=None, question=None, **kwargs):
         """
@@ -72,23 +79,44 @@ class QuestionProcessorMixin:
             if len(given) != number:
                 raise ValueError(f"`question` has {len(given)} entries for the {number} image(s) of prompt {row}.")
             questions += given
-        for found in questions:
-            _require_question(found)
-        return questions
+        return [self._checked(found) for found in questions]
 
     def _questions_in(self, prompt: str, row: int) -> list[str]:
-        """The user's words around every placeholder of a prompt."""
+        """The user's words that guide each image of a prompt."""
         user, assistant = self._turn_markers()
-        questions, end = [], -1
-        while (end := prompt.find(self.image_token, end + 1)) >= 0:
-            start = prompt.rfind(user, 0, end) if user else -1
+        places = [match.start() for match in re.finditer(re.escape(self.image_token), prompt)]
+        if places and self.guiding_turn == "last":
+            last = prompt.rfind(user) if user else -1
+            places = [max(places[-1], last)] * len(places)
+        questions = []
+        for place in places:
+            start = prompt.rfind(user, 0, place + len(user)) if user else -1
             start = start + len(user) if start >= 0 else 0
-            stop = prompt.find(assistant, end) if assistant else -1
-            turn = prompt[start : stop if stop >= 0 else None].replace(self.image_token, " ")
+            stop = prompt.find(assistant, max(start, place)) if assistant else -1
+            stop = stop if stop >= 0 else len(prompt)
+            after = place + len(self.image_token)
+            if self.guiding_turn == "last" and not user and prompt[after:stop].strip():  # a raw prompt
+                start = after
+            turn = prompt[start:stop].replace(self.image_token, " ")
             for special in self.tokenizer.all_special_tokens:
                 turn = turn.replace(special, " ")
-            questions.append(_require_question(" ".join(turn.split()), row))
+            questions.append(self._checked(" ".join(turn.split()), row))
         return questions
+
+    def _checked(self, question: str, row: int | None = None) -> str:
+        """A question that is a text. Raises `ValueError`, or says once, that there is none."""
+        if isinstance(question, str) and question.strip():
+            return question
+        where = "" if row is None else f" of prompt {row}"
+        if self.requires_question or not isinstance(question, str):
+            raise ValueError(
+                f"An image{where} has no question beside it, and the question guides the compression: write the "
+                "question in the same user turn as the image, or pass `question=`."
+            )
+        logger.warning_once(
+            "An image has no question beside it: its compression is guided by the image's own class token."
+        )
+        return ""
 
     def _turn_markers(self) -> tuple[str, str]:
         """The texts before a user's and before an assistant's words in this chat template ("USER:", "ASSISTANT:").
@@ -117,9 +145,10 @@ class QuestionProcessorMixin:
 
     def _tokenize_questions(self, questions: list[str], return_tensors) -> dict[str, Any]:
         longest = self.question_tokenizer.model_max_length
-        tokens = self.question_tokenizer(
-            questions, padding="max_length", truncation=True, max_length=longest, return_tensors=return_tensors
-        )
+        tokens = self.question_tokenizer(questions, padding="max_length", truncation=True, max_length=longest)
+        for question, mask in zip(questions, tokens["attention_mask"]):
+            if not question:
+                mask[:] = [0] * len(mask)
         if any(len(question) > 3 * longest for question in questions):  # cheap first: few characters can't be too long
             lengths = [len(ids) for ids in self.question_tokenizer(questions)["input_ids"]]
             if max(lengths) > longest:
@@ -127,7 +156,7 @@ class QuestionProcessorMixin:
                     f"A question of {max(lengths)} tokens is longer than the text encoder's {longest}: the compression "
                     "is guided by its beginning; the language model reads all of it."
                 )
-        return tokens
+        return tokens.convert_to_tensors(return_tensors)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -169,16 +198,6 @@ def _flatten(images) -> list:
     if not isinstance(images, (list, tuple)):
         return [images]
     return [image for item in images for image in _flatten(item) if image is not None]
-
-
-def _require_question(question: str, row: int | None = None) -> str:
-    if not isinstance(question, str) or not question.strip():
-        where = "" if row is None else f" of prompt {row}"
-        raise ValueError(
-            f"An image{where} has no question beside it, and the question guides the compression: write the question "
-            "in the same user turn as the image, or pass `question=`."
-        )
-    return question
 
 
 def _readable(image):

@@ -12,13 +12,16 @@ import torch
 from foveate import convert
 from foveate.registry import METHODS
 
-from .conversion.tiny_checkpoints import write_clip, write_llava
+from .conversion.tiny_checkpoints import write_clip, write_llava, write_llava_next
 
 
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
 #: How to write a tiny base of each kind, with the text encoder that goes with it.
-TINY_BASES = {"llava": (write_llava, write_clip)}
+TINY_BASES = {"llava": (write_llava, write_clip), "llava_next": (write_llava_next, write_clip)}
+
+#: Settings with which the contract sees all that a method does, where its defaults do little on so small a model.
+SETTINGS = {"qg-vtc": {"num_visual_tokens": 4, "layers": [0, 1]}}
 
 #: (method, backbone) pairs of the registry: every model class goes through the contract.
 CLASSES = [(method, backbone) for method in METHODS.values() for backbone in method.backbones]
@@ -44,4 +47,4 @@ def checkpoint(method_and_backbone, base_folder, tmp_path_factory):
     _, write_text_encoder = TINY_BASES[backbone.base_model_type]
     text_encoder = write_text_encoder(tmp_path_factory.mktemp("clip") / "clip")
     out = tmp_path_factory.mktemp("converted") / backbone.model_type
-    return convert(base_folder, out, method=method.name, text_encoder=text_encoder)
+    return convert(base_folder, out, method.name, text_encoder, SETTINGS.get(method.name))

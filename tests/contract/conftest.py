@@ -37,15 +37,16 @@ def loaded(checkpoint):
 
 @pytest.fixture
 def model(loaded):
-    """The model with the settings that it was converted with, whatever an earlier test did to them."""
-    model, _ = loaded
+    """The model with the settings that it was converted with, whatever a test does to them; its processor likewise."""
+    model, processor = loaded
     settings = model.config.compression
     yield model
     model.config.compression = settings
+    processor.set_compression(settings)
 
 
 @pytest.fixture
-def processor(loaded):
+def processor(loaded, model):
     return loaded[1]
 
 

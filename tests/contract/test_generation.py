@@ -5,11 +5,13 @@ import torch
 from transformers import AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from ..conversion.tiny_checkpoints import IMAGE_TOKEN_ID
 from .conftest import ROWS, Row, picture
 
 
 pytestmark = pytest.mark.contract_core
-LENGTH = {"max_new_tokens": 6, "eos_token_id": 9999, "pad_token_id": 0}  # random weights may say the end at any time
+# Random weights may say anything at any time, the end and image placeholders too.
+LENGTH = {"max_new_tokens": 6, "eos_token_id": 9999, "pad_token_id": 0, "suppress_tokens": [IMAGE_TOKEN_ID]}
 
 
 def new_tokens(model, inputs, **kwargs):

@@ -15,12 +15,17 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
 
 IMAGE_SIDE, PATCH_SIDE = 42, 14
+IMAGE_TOKEN_ID = 4
 VISION = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -40,6 +45,46 @@ CHAT_TEMPLATE = (
 def write_llava(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
     """A LLaVA-1.5 of 9 patches an image, with processor and generation config, in one safetensors file."""
     torch.manual_seed(seed)
+    tokenizer, parts = _language_parts()
+    config = LlavaConfig(**parts, image_seq_length=(IMAGE_SIDE // PATCH_SIDE) ** 2)
+    LlavaForConditionalGeneration(config).to(dtype).save_pretrained(folder)
+    _publish_names(folder)
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIDE}, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    )
+    LlavaProcessor(image_processor, tokenizer, **_PROCESSOR_ARGUMENTS).save_pretrained(folder)
+    _make_tokenizer_neutral(folder)
+    return folder
+
+
+def write_llava_next(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+    """A LLaVA-NeXT whose images have two to four tiles of 9 patches and the overview."""
+    torch.manual_seed(seed)
+    tokenizer, parts = _language_parts()
+    pinpoints = [[IMAGE_SIDE, 2 * IMAGE_SIDE], [2 * IMAGE_SIDE, IMAGE_SIDE], [2 * IMAGE_SIDE, 2 * IMAGE_SIDE]]
+    config = LlavaNextConfig(**parts, image_grid_pinpoints=pinpoints)
+    LlavaNextForConditionalGeneration(config).to(dtype).save_pretrained(folder)
+    _publish_names(folder)
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": IMAGE_SIDE},
+        crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE},
+        image_grid_pinpoints=pinpoints,
+    )
+    LlavaNextProcessor(image_processor, tokenizer, **_PROCESSOR_ARGUMENTS).save_pretrained(folder)
+    _make_tokenizer_neutral(folder)
+    return folder
+
+
+_PROCESSOR_ARGUMENTS = {
+    "patch_size": PATCH_SIDE,
+    "vision_feature_select_strategy": "default",
+    "chat_template": CHAT_TEMPLATE,
+    "num_additional_image_tokens": 1,
+}
+
+
+def _language_parts() -> tuple[PreTrainedTokenizerFast, dict]:
+    """A tokenizer, and the arguments of a LLaVA config that goes with it."""
     tokenizer = _tokenizer(["USER", "ASSISTANT", ":", "what", "colour", "is", "it", "red"], ["<image>"])
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -50,27 +95,11 @@ def write_llava(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0
         num_key_value_heads=2,
         pad_token_id=tokenizer.pad_token_id,
     )
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION),
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(IMAGE_SIDE // PATCH_SIDE) ** 2,
-    )
-    LlavaForConditionalGeneration(config).to(dtype).save_pretrained(folder)
-    _publish_names(folder)
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIDE}, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}
-    )
-    LlavaProcessor(
-        image_processor,
-        tokenizer,
-        patch_size=PATCH_SIDE,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)
-    _make_tokenizer_neutral(folder)
-    return folder
+    return tokenizer, {
+        "vision_config": CLIPVisionConfig(**VISION),
+        "text_config": text,
+        "image_token_index": IMAGE_TOKEN_ID,
+    }
 
 
 def write_clip(folder: Path, seed: int = 1, **vision) -> Path:

@@ -1,0 +1,146 @@
+"""What models share whose number of visual tokens is known before the vision tower runs.
+
+The processor writes exactly that many placeholders, so logical and physical columns are the same, and everything of the
+stock model but its images stays: stock caches, stock `generate`, serving engines that count placeholders. Compression
+happens inside `get_image_features`, which is the door that pre-encoding and serving engines use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .compatibility import image_features_output
+from .compressed_model import (
+    CompressedCausalLMOutputWithPast,
+    CompressedModelMixin,
+    CompressedModelOutputWithPast,
+    TokenProvenance,
+    keep_logits,
+)
+from .image_inputs import ImageInputsMixin
+
+
+@dataclass
+class CompressedImages:
+    """Visual tokens of a batch of images.
+
+    Args:
+        tokens: (tokens of all images, width of the language model), image after image.
+        counts: tokens of each image.
+        provenance: one an image, when it was asked for.
+    """
+
+    tokens: torch.Tensor
+    counts: list[int]
+    provenance: list[TokenProvenance] | None = None
+
+
+class ExactCountModelMixin(CompressedModelMixin):
+    """Mixed into a model without a head, before the Transformers class."""
+
+    def compress_images(self, pixel_values: torch.Tensor, *, trace: bool = False, **images) -> CompressedImages:
+        """Encodes and compresses images.
+
+        Args:
+            pixel_values: as the processor gives them.
+            trace: whether to say what the tokens are made of.
+            images: what else the processor gives for each image.
+        """
+        raise NotImplementedError
+
+    def _image_features(self, **images):
+        """What `get_image_features` returns in this version of Transformers: a (tokens, width) tensor an image."""
+        compressed = self.compress_images(**images)
+        return image_features_output(list(compressed.tokens.split(compressed.counts)))
+
+    def _forward(
+        self,
+        images: dict[str, Any],
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        mm_encoder_outputs: dict[str, Any] | None,
+        output_compression: bool,
+        **kwargs,
+    ) -> CompressedModelOutputWithPast:
+        """Puts the compressed visual tokens in their columns, and lets the stock model run on the rest."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Specify exactly one of input_ids and inputs_embeds.")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if encoded is not None and images["pixel_values"] is not None:
+            raise ValueError("Pass pixel_values or mm_encoder_outputs, not both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+        tokens = provenance = None
+        if encoded is not None:
+            tokens = torch.cat(list(encoded.pooler_output))
+        elif images["pixel_values"] is not None and len(images["pixel_values"]) > 0:
+            compressed = self.compress_images(**images, trace=output_compression)
+            tokens, provenance = compressed.tokens, compressed.provenance
+        if tokens is not None:
+            tokens = tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(self._columns_of(tokens, input_ids, inputs_embeds), tokens)
+        # The stock forward pass is left without images: it runs the language model.
+        output = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)  # type: ignore[misc]
+        return CompressedModelOutputWithPast(
+            last_hidden_state=output.last_hidden_state,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            image_hidden_states=tokens,
+            compression=provenance,
+        )
+
+    def _columns_of(
+        self, tokens: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch, columns, 1) bool, where the visual tokens go. Raises `ValueError` where their numbers differ."""
+        image_token_id = self.config.image_token_id  # type: ignore[attr-defined]
+        if input_ids is not None:
+            is_placeholder = input_ids == image_token_id
+        else:
+            token = torch.tensor(image_token_id, device=inputs_embeds.device)
+            is_placeholder = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)  # type: ignore[attr-defined]
+        found = int(is_placeholder.sum())
+        if found != len(tokens):
+            raise ValueError(
+                f"The images have {len(tokens)} visual tokens after compression, but input_ids has {found} placeholder "
+                "tokens: let the processor write them, with the same compression settings as the model "
+                "(set_compression changes both), and pass exactly the images that they stand for."
+            )
+        return is_placeholder[..., None]
+
+
+class ExactCountGenerationMixin(ImageInputsMixin, CompressedModelMixin):
+    """Mixed into the model with a head, before the Transformers class."""
+
+    def _with_head(
+        self,
+        output: CompressedModelOutputWithPast,
+        labels: torch.LongTensor | None,
+        logits_to_keep: int | torch.Tensor,
+        return_dict: bool | None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> CompressedCausalLMOutputWithPast | tuple:
+        logits = self.lm_head(keep_logits(output.last_hidden_state, logits_to_keep))  # type: ignore[attr-defined]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(  # type: ignore[attr-defined]
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,  # type: ignore[attr-defined]
+                num_items_in_batch=num_items_in_batch,
+            )
+        causal = CompressedCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            image_hidden_states=output.image_hidden_states,
+            compression=output.compression,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
+        return causal if return_dict else causal.to_tuple()

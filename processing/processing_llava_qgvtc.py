@@ -1,0 +1,55 @@
+"""Processor of LLaVA-1.5 with QG-VTC."""
+
+from __future__ import annotations
+
+from transformers import LlavaProcessor
+
+from .question_processor import QuestionProcessorMixin
+
+
+class LlavaQGVTCProcessor(QuestionProcessorMixin, LlavaProcessor):
+    """`LlavaProcessor` that writes as many placeholders as an image has tokens after compression, and that also
+    tokenizes the question that guides it: the last user turn's, for all images of a prompt.
+
+    Args:
+        question_tokenizer: tokenizer of the CLIP text tower that reads the question.
+        num_additional_image_tokens: as in `LlavaProcessor`, what there is beside a token a patch. [`set_compression`]
+            sets it to what the compression takes away, so that wherever the stock formula is used, it counts right.
+        others: as in `LlavaProcessor`.
+    """
+
+    guiding_turn = "last"
+    requires_question = False
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        **kwargs,
+    ):
+        self.question_tokenizer = kwargs.pop("question_tokenizer", None)
+        self.auto_map = {"AutoProcessor": f"processing_llava_qgvtc.{type(self).__name__}"}
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+        )
+
+    def set_compression(self, settings) -> None:
+        """Takes the number of placeholders from a model's compression settings."""
+        crop = self.image_processor.crop_size
+        num_patches = (crop["height"] // self.patch_size) * (crop["width"] // self.patch_size)
+        class_token = 1  # the stock formula takes it off again
+        self.num_additional_image_tokens = settings.num_visual_tokens - num_patches + class_token
+
+
+__all__ = ["LlavaQGVTCProcessor"]
