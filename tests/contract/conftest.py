@@ -24,8 +24,11 @@ class Row:
 ROWS = (
     Row("USER: <image> what is it ASSISTANT:", (picture(0),)),
     Row("USER: what is red ASSISTANT:"),
-    Row("USER: <image> <image> what colour is it is it ASSISTANT:", (picture(1), picture(2))),
-    Row("USER: <image> is it red ASSISTANT: it is red USER: <image> what colour ASSISTANT:", (picture(3), picture(4))),
+    Row("USER: <image> <image> what colour is it is it ASSISTANT:", (picture(1), picture(2, (90, 30)))),
+    Row(
+        "USER: <image> is it red ASSISTANT: it is red USER: <image> what colour ASSISTANT:",
+        (picture(3, (40, 100)), picture(4)),
+    ),
 )
 
 
