@@ -47,5 +47,15 @@ __all__ = [
     "evaluate",
     "lab_folder",
     "load_lab",
+    "train",
 ]
 __all__ += [_name for _name in globals() if _name.startswith(tuple(b.stem for b in backbones()))]
+
+
+def __getattr__(name: str):
+    """`train` is imported when it is asked for: it brings the Trainer and PEFT along."""
+    if name == "train":
+        from .training.train import train
+
+        return train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

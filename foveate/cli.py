@@ -6,6 +6,7 @@ What is heavy to import is imported by the command that needs it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import traceback
 import warnings
@@ -359,10 +360,11 @@ def _precision(dtype: str) -> str | None:
 
 def _quiet() -> None:
     """Transformers' notes on loading are not for those who only want an answer."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels of its own it doesn't find
     warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)\b")
 
 

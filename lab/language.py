@@ -29,7 +29,7 @@ BATCH_SIZE = 64
 TURNS = 8
 NUM_PATCHES, _SIDE = 144, 12
 # What is looked up by its name, among 30, takes longest to learn and is asked most (as in `QUESTION_TYPES`).
-_TYPE_SHARES = np.array([1, 4, 4, 1, 3, 1]) / 14
+TYPE_SHARES = np.array([1, 4, 4, 1, 3, 1]) / 14
 
 
 @functools.lru_cache(maxsize=1)
@@ -113,7 +113,7 @@ def language_batch(
     for index in chosen.tolist():
         scene = sample_scene(split, index, seed=2)
         random = scene.random(100 + epoch)
-        types = [QUESTION_TYPES[int(kind)] for kind in random.choice(len(QUESTION_TYPES), size=turns, p=_TYPE_SHARES)]
+        types = [QUESTION_TYPES[int(kind)] for kind in random.choice(len(QUESTION_TYPES), size=turns, p=TYPE_SHARES)]
         questions = ask_questions(scene, types, stream=1000 + epoch)
         if described:
             questions = [describe(scene, stream=1000 + epoch), *questions[1:]]

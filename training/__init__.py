@@ -1,0 +1,1 @@
+"""Training: a recipe a method, on `transformers.Trainer`, PEFT and accelerate."""
