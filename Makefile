@@ -36,7 +36,10 @@ lab: $(VENV)/.installed-test
 
 results: $(VENV)/.installed-test
 	$(BIN)/python -m foveate.lab.experiments
+	test -e lab/results/kept.json || $(BIN)/python -m foveate.lab.kept $(KEPT:%=lab/work/trained/qg-vtc-18%) --json lab/results/kept.json
 	$(BIN)/python -m foveate.evaluation.results
+
+KEPT := -seed0-stage0 -seed0 -slow-seed0 -question-seed0 -question-slow-seed0 -recycle-seed0 -neither-seed0
 
 benchmark: $(VENV)/.installed-eval
 	$(BIN)/python -m foveate.evaluation.benchmark_compression

@@ -1,7 +1,8 @@
 """`python -m foveate.evaluation.results`: tables and plots of the lab's results, from the JSON files alone.
 
-It reads every file of `lab/results/`: what `foveate evaluate --json` wrote, and `training.json`, the lab's own account
-of its training; and writes `lab/RESULTS.md` and the plots beside the files. A new method adds files, not code.
+It reads every file of `lab/results/`: what `foveate evaluate --json` wrote, `training.json`, the lab's own account of
+its training, and `kept.json`, where the kept patches lie; and writes `lab/RESULTS.md` and the plots beside the files. A
+new method adds files, not code.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import Any
 from .. import lab
 from ..errors import FoveateError
 from .harness import TASKS
+from .metrics import wilson_interval
 
 
 LAB_FOLDER = Path(lab.__file__).parent
-TRAINING_FILE = "training.json"
+TRAINING_FILE, KEPT_FILE = "training.json", "kept.json"
 _HEAD = """# Results
 
 Made by `python -m foveate.evaluation.results` from the files in `{folder}/`; don't edit by hand. Answers are compared
 exactly; intervals are 95 % (Wilson). Test scenes use handwritten digits that training never saw. What the commands name
-`lab/work/converted/METHOD` is made by `foveate convert lab:tiny-llava lab/work/converted/METHOD --method METHOD`.
+`lab/work/converted/METHOD` is made by `foveate convert lab:tiny-llava lab/work/converted/METHOD --method METHOD`, and
+`lab/work/trained/NAME` by `python -m foveate.lab.experiments --only NAME`: it converts, and trains with the recipe in
+`lab/recipes/`. A row of several seeds pools them: each is another training, asked about other test scenes.
 """
 _NEEDED = {
     "command",
@@ -47,7 +51,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """
     results = []
     for path in sorted(folder.glob("*.json")):
-        if path.name == TRAINING_FILE:
+        if path.name in (TRAINING_FILE, KEPT_FILE):
             continue
         result = _read(path)
         if missing := sorted(_NEEDED - set(result)):
@@ -101,12 +105,42 @@ def table(results: list[dict[str, Any]]) -> str:
     titles = ["method", "settings", "visual tokens", "exact match, %", "n", "seed"]
     titles += [f"turn {turn + 1}" for turn in range(turns)] + types + ["command"]
     rows = []
-    for result in results:
+    for result in pool_seeds(results):
         alike = _common_settings([other for other in results if other["method"] == result["method"]])
         own = {key: value for key, value in (result["compression"] or {}).items() if key not in alike}
         rows.append(_row(result, own, types, turns))
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def pool_seeds(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One result for all that differ in their seed alone: `seeds` in place of the one, shares of all answers."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        key = json.dumps([result["label"], result["compression"], result["method"]], sort_keys=True)
+        groups.setdefault(key, []).append(result)
+    return [_pooled(group) for group in groups.values()]
+
+
+def _pooled(group: list[dict[str, Any]]) -> dict[str, Any]:
+    first = group[0]
+    pooled = {
+        **first,
+        "seeds": [result["seed"] for result in group],
+        "n": sum(result["n"] for result in group),
+        "mean_visual_tokens": sum(result["mean_visual_tokens"] * result["n"] for result in group)
+        / sum(result["n"] for result in group),
+        "exact_match": _pool([result["exact_match"] for result in group]),
+        "by_type": {name: _pool([result["by_type"][name] for result in group]) for name in first["by_type"]},
+    }
+    if "by_turn" in first:
+        pooled["by_turn"] = [_pool(list(shares)) for shares in zip(*(result["by_turn"] for result in group))]
+    return pooled
+
+
+def _pool(shares: list[dict[str, Any]]) -> dict[str, Any]:
+    hits, number = sum(round(share["value"] * share["n"]) for share in shares), sum(share["n"] for share in shares)
+    return {"value": hits / number, "interval": list(wilson_interval(hits, number)), "n": number}
 
 
 def _row(result: dict[str, Any], settings: dict[str, Any], types: Iterable[str], turns: int) -> list[str]:
@@ -117,7 +151,7 @@ def _row(result: dict[str, Any], settings: dict[str, Any], types: Iterable[str],
         f"{result['mean_visual_tokens']:.1f}",
         _share(result["exact_match"]),
         str(result["n"]),
-        str(result["seed"]),
+        ", ".join(map(str, result.get("seeds", [result["seed"]]))),
         *(_share(by_turn.get(turn)) for turn in range(turns)),
         *(_share(result["by_type"].get(name)) for name in types),
         f"`{_escape(result['command'])}`",
@@ -157,6 +191,22 @@ def training_section(content: dict[str, Any]) -> str:
             title = [f"### {name.replace('_', ' ').capitalize()}\n"] if name else []
             parts += [*title, "\n".join(["| | |", "| --- | --- |", *rows]) + "\n"]
     return "\n".join(parts)
+
+
+def kept_section(content: dict[str, Any]) -> str:
+    """Where the patches lie that checkpoints keep, in Markdown: what `python -m foveate.lab.kept` wrote."""
+    lines = [
+        "## Where the kept patches lie\n",
+        "Share of the kept patches in the grid cell of the object asked about (by chance: 11.1 %), and in a cell with "
+        f"any object; means over test scenes. `{content['command']}`\n",
+        "| checkpoint | asked about, % | any object, % | any object, by chance | n | seed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, shares in content.items():
+        if name != "command":
+            numbers = (f"{100 * shares[key]:.1f}" for key in ("asked", "objects", "objects_by_chance"))
+            lines.append(f"| {_escape(name)} | {' | '.join(numbers)} | {shares['n']} | {shares['seed']} |")
+    return "\n".join(lines) + "\n"
 
 
 def _flat(values: dict[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -246,6 +296,8 @@ def write_results(folder: Path = LAB_FOLDER / "results", out: Path = LAB_FOLDER 
         plots.append(folder / f"{task}.png")
         plot(task, of_task, plots[-1])
         parts.append(task_section(task, of_task, f"{shown}/{plots[-1].name}"))
+    if (folder / KEPT_FILE).exists():
+        parts.append(kept_section(_read(folder / KEPT_FILE)))
     out.write_text("\n".join(parts), encoding="utf-8")
     return [out, *plots]
 

@@ -12,8 +12,13 @@ _WEIGHTS = Path(__file__).parent / "weights"
 
 
 def lab_folder(name: str) -> Path:
-    """The folder of a checkpoint that ships with the lab ("tiny-llava", "tiny-clip"). Raises `ValueError`."""
+    """The folder of a checkpoint that ships with the lab ("tiny-llava", "tiny-clip", or a trained method's, such as
+    "tiny-llava-qg-vtc-72", which is put together first). Raises `ValueError`."""
     folder = _WEIGHTS / name
+    if (folder / "shard.json").exists():
+        from .shards import composed
+
+        return composed(folder)
     if not (folder / "config.json").exists():
         known = sorted(path.name for path in _WEIGHTS.glob("*") if path.is_dir())
         raise ValueError(f"The lab has no checkpoint '{name}'; it has: {', '.join(known) or 'none (run `make lab`)'}.")

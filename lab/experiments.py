@@ -1,11 +1,13 @@
 """The measurements behind `lab/RESULTS.md`: `python -m foveate.lab.experiments` (part of `make results`).
 
 Every measurement is one call of the evaluation harness, whose result is a file of `lab/results/`; what is already there
-for the same weights and settings is not measured again. A later method adds its rows to `MEASUREMENTS`.
+is not measured again. Checkpoints of trained methods are trained first (`trainings.py`). A later method adds its rows
+to `MEASUREMENTS`.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import shutil
@@ -18,10 +20,12 @@ from rich.console import Console
 
 from ..conversion.convert import convert
 from ..evaluation.harness import evaluate
+from .trainings import Training, trained_checkpoint, trained_shard
 
 
 RESULTS = Path(__file__).parent / "results"
-WORK = Path(__file__).parent / "work" / "converted"
+WORK = Path(__file__).parent / "work"
+WEIGHTS = Path(__file__).parent / "weights"
 console = Console()
 
 
@@ -35,6 +39,9 @@ class Measurement:
         task: of the harness.
         settings: changes to the compression; `same_tokens_as` fixes the budget at the mean of another measurement.
         method: `None` for the base model itself.
+        training: of the checkpoint that is asked, for a method that is trained; its seed also chooses the test scenes,
+            so that seeds are independent in both.
+        shipped: whether it ships with the lab as "tiny-llava-METHOD-TOKENS", and is asked as such.
     """
 
     name: str
@@ -43,6 +50,8 @@ class Measurement:
     method: str | None = "recoverable"
     settings: dict[str, Any] = field(default_factory=dict)
     same_tokens_as: str | None = None
+    training: Training | None = None
+    shipped: str | None = None
 
 
 def _variants(tokens: int) -> list[Measurement]:
@@ -56,7 +65,48 @@ def _variants(tokens: int) -> list[Measurement]:
     ]
 
 
+def _qg_vtc(
+    name: str, label: str, seeds: int = 1, changes: dict[str, Any] | None = None, **settings: Any
+) -> list[Measurement]:
+    """QG-VTC trained with these settings at an eighth of the tokens, once a seed."""
+    settings = {"num_visual_tokens": 18, **settings}
+    trainings = [
+        Training(f"qg-vtc-18{name}-seed{seed}", "qg-vtc", settings, seed, changes or {}) for seed in range(seeds)
+    ]
+    return [Measurement(training.name, f"QG-VTC, {label}", training=training) for training in trainings]
+
+
+def _qg_vtc_shipped(tokens: int) -> list[Measurement]:
+    training = Training(f"qg-vtc-{tokens}-seed0", "qg-vtc", {"num_visual_tokens": tokens})
+    name = f"qg-vtc-{tokens}"
+    return [
+        Measurement(name + suffix, "QG-VTC, as shipped", task, training=training, shipped=f"tiny-llava-{name}")
+        for suffix, task in (("", "lab-vqa"), ("-dialogue", "lab-dialogue"))
+    ]
+
+
 _FILTER_ALONE = {"text_recovery": False, "secondary_recovery": False}
+
+_SLOW = {"learning_rate.question_projector": 5e-4}
+
+QG_VTC = [
+    # The paper's Table 2: a half, a quarter, an eighth of the tokens (there a quarter, an eighth, a sixteenth).
+    *[row for tokens in (72, 36, 18) for row in _qg_vtc_shipped(tokens)],
+    # Table 3, A7 to A9.
+    *_qg_vtc("", "question + recycle", 3),
+    *_qg_vtc("-question", "question only", recycle=False),
+    *_qg_vtc("-recycle", "recycle only", 3, guidance="cls"),
+    *_qg_vtc("-neither", "neither", guidance="cls", recycle=False),
+    # Without recycling the question's MLP leaves the objects at the recipe's rate; both again at a quarter of it.
+    *_qg_vtc("-question-slow", "question only, MLP at 5e-4", changes=_SLOW, recycle=False),
+    *_qg_vtc("-slow", "question + recycle, MLP at 5e-4", changes=_SLOW),
+    # A1 to A6: where and in how many steps; the default is every second layer of the second half, 6, 8, 10.
+    *[
+        row
+        for layers in ([1, 3, 5], [6, 7, 8], [8, 9, 10], [6], [8], [10])
+        for row in _qg_vtc(f"-layers-{'-'.join(map(str, layers))}", "question + recycle", layers=layers)
+    ],
+]
 
 MEASUREMENTS = [
     Measurement("base", "LLaVA, uncompressed", method=None),
@@ -87,39 +137,62 @@ MEASUREMENTS = [
         same_tokens_as="text-with",
     ),
     # Table 3 is "Recoverable, official, dynamic" beside "filter + text".
+    *QG_VTC,
 ]
 
 
 def main(
-    seed: int = 0, limit: int | None = None, results: Path = RESULTS, base: str = "lab:tiny-llava", again: bool = False
+    seed: int = 0,
+    limit: int | None = None,
+    results: Path = RESULTS,
+    base: str = "lab:tiny-llava",
+    again: bool = False,
+    only: str = "*",
 ) -> None:
-    """Measures what is not yet measured. Paths are relative to the folder it runs in, as the results' commands say."""
+    """Measures what is not yet measured, of the rows whose names match `only` ("qg-vtc-18-*").
+
+    Paths are relative to the folder it runs in, as the results' commands say.
+    """
     results, work = Path(os.path.relpath(results)), Path(os.path.relpath(WORK))
     results.mkdir(parents=True, exist_ok=True)
     converted: dict[str, Path] = {}
     for row in MEASUREMENTS:
         path = results / f"{row.name}.json"
-        if path.exists() and not again:
+        if not fnmatch.fnmatch(row.name, only) or (path.exists() and not again):
             continue
-        if row.method and row.method not in converted:
-            converted[row.method] = work / row.method
-            shutil.rmtree(converted[row.method], ignore_errors=True)
-            convert(base, converted[row.method], method=row.method)
+        if row.training is not None:
+            checkpoint: str | Path = _trained(row, base, work / "trained")
+        elif row.method is not None:
+            if row.method not in converted:
+                converted[row.method] = work / "converted" / row.method
+                shutil.rmtree(converted[row.method], ignore_errors=True)
+                convert(base, converted[row.method], method=row.method)
+            checkpoint = converted[row.method]
+        else:
+            checkpoint = base
         settings = dict(row.settings)
         if row.same_tokens_as:
             mean = json.loads((results / f"{row.same_tokens_as}.json").read_text())["mean_visual_tokens"]
             settings["num_visual_tokens"] = max(1, round(mean))
         console.print(f"{row.label} on {row.task} {settings}")
         evaluate(
-            converted[row.method] if row.method else base,
+            checkpoint,
             task=row.task,
             limit=limit,
-            seed=seed,
+            seed=seed + (row.training.seed if row.training else 0),
             settings=settings or None,
             output=path,
             method_label=row.label,
             dtype="float32",
         )
+
+
+def _trained(row: Measurement, base: str, work: Path) -> str | Path:
+    if row.shipped is None:
+        return trained_checkpoint(row.training, base, work)
+    if not (WEIGHTS / row.shipped).exists():
+        shutil.copytree(trained_shard(row.training, base, work), WEIGHTS / row.shipped)
+    return f"lab:{row.shipped}"
 
 
 if __name__ == "__main__":

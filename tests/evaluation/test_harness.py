@@ -225,6 +225,22 @@ class TestThePageOfResults:
         assert "](results/lab-vqa.png)" in page
         assert "have variant=official" in page  # what all rows share is said once
 
+    def test_pools_the_seeds_of_a_row(self, checkpoints, folder, tmp_path):
+        quietly(checkpoints / "base", limit=6, seed=1, output=folder / "base-1.json")
+        write_results(folder, tmp_path / "RESULTS.md")
+        lines = [line.strip("| ").split(" | ") for line in (tmp_path / "RESULTS.md").read_text().splitlines()]
+        (row,) = (line for line in lines if line[0] == "base" and "turn" not in line[-1] and "lab-vqa" in line[-1])
+        results = [json.loads((folder / name).read_text())["exact_match"] for name in ("base.json", "base-1.json")]
+        share = 100 * sum(result["value"] * result["n"] for result in results) / 12
+        assert row[3].startswith(f"{share:.1f} [")
+        assert row[4:6] == ["12", "0, 1"]
+
+    def test_says_where_the_kept_patches_lie(self, folder, tmp_path):
+        shares = {"asked": 0.25, "objects": 0.5, "objects_by_chance": 0.4, "n": 7, "seed": 0}
+        (folder / "kept.json").write_text(json.dumps({"command": "a command", "a checkpoint": shares}))
+        write_results(folder, tmp_path / "RESULTS.md")
+        assert "| a checkpoint | 25.0 | 50.0 | 40.0 | 7 | 0 |" in (tmp_path / "RESULTS.md").read_text()
+
     def test_is_the_same_each_time(self, folder, tmp_path):
         first, second = ([path.read_bytes() for path in write_results(folder, tmp_path / "R.md")] for _ in range(2))
         assert first == second

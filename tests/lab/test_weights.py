@@ -28,8 +28,8 @@ def test_they_are_ordinary_checkpoints():
 
 
 def test_they_are_small():
-    weights = lab_folder("tiny-llava").parent
-    assert sum(path.stat().st_size for path in weights.rglob("*") if path.is_file()) <= 15_000_000
+    files = [path for name in ("tiny-llava", "tiny-clip") for path in lab_folder(name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 15_000_000
 
 
 def test_the_lab_model_sees():
