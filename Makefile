@@ -43,6 +43,7 @@ KEPT := -seed0-stage0 -seed0 -slow-seed0 -question-seed0 -question-slow-seed0 -r
 
 benchmark: $(VENV)/.installed-eval
 	$(BIN)/python -m foveate.evaluation.benchmark_compression
+	$(BIN)/python -m foveate.evaluation.benchmark_encoder
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -16,9 +16,11 @@ from ..errors import FoveateError
 from ..lab.scenes import draw_scene, sample_scene
 from ..modeling.compatibility import iterate_cache_tensors
 from ..modeling.compressed_model import TokenProvenance
+from ..modeling.tile_layout import TileLayout
+from ..processing.image_tiles import TileGrid, tile_grid
 from .flops import kv_bytes_by_account
-from .harness import Checkpoint, open_checkpoint, require_writable
-from .picture import draw_compression, shown_image
+from .harness import Checkpoint, open_checkpoint, require_writable, visual_tokens_kept
+from .picture import SeenImage, draw_compression, seen_image
 
 
 LAB_PREFIX = "lab:"
@@ -31,7 +33,7 @@ class Answer:
 
     Attributes:
         answer: the model's words.
-        visual_tokens_before, visual_tokens_after: of the image, without and with compression.
+        visual_tokens_before, visual_tokens_after: of the image in the language model, without and with compression.
         time_to_first_token: seconds from model inputs to the first token, vision tower and text encoder included.
         kv_bytes: size of the KV cache after the prompt.
         kv_bytes_uncompressed: what an uncompressed model's cache holds by account, from the config and the tokens.
@@ -95,20 +97,17 @@ def ask(
         base = _Asked(open_checkpoint(compare, dtype=asked.model.dtype, device=device), picture, question)
 
     times = _times_to_first_token([asked, base] if base else [asked])
-    provenance = asked.provenance()
-    after, before = provenance.weights.shape
+    before = asked.visual_tokens_before
     answer = asked.answer(max_new_tokens)
     if show is not None:
-        shown = shown_image(asked.inputs["pixel_values"], asked.checkpoint.processor.image_processor)
-        patch_size = asked.model.config.vision_config.patch_size
-        drawn = draw_compression(shown, provenance, patch_size, question, answer)
+        drawn = draw_compression(asked.seen(), asked.provenance(), question, answer)
         Path(show).parent.mkdir(parents=True, exist_ok=True)
         drawn.save(show)
     return Answer(
         question=question,
         answer=answer,
         visual_tokens_before=before,
-        visual_tokens_after=after,
+        visual_tokens_after=asked.visual_tokens,
         time_to_first_token=times[0],
         kv_bytes=asked.kv_bytes,
         kv_bytes_uncompressed=kv_bytes_by_account(
@@ -131,18 +130,34 @@ class _Asked:
     """A checkpoint with the inputs of one question."""
 
     def __init__(self, checkpoint: Checkpoint, image: Image.Image, question: str):
-        self.checkpoint, self.model = checkpoint, checkpoint.model
+        self.checkpoint, self.model, self.image = checkpoint, checkpoint.model, image
         content = [{"type": "image"}, {"type": "text", "text": question}]
         self.inputs = checkpoint.encode([[{"role": "user", "content": content}]], [image])
-        self.kv_bytes = 0
+        self.kv_bytes = self.visual_tokens = 0  # known after the first token
 
     @property
-    def num_placeholders(self) -> int:
-        return int((self.inputs["input_ids"] == self.model.config.image_token_id).sum())
+    def is_placeholder(self) -> torch.Tensor:
+        """(1, prompt length) bool."""
+        return self.inputs["input_ids"] == self.model.config.image_token_id
 
     @property
     def num_text_tokens(self) -> int:
-        return self.inputs["input_ids"].shape[1] - self.num_placeholders
+        return int((~self.is_placeholder).sum())
+
+    @property
+    def visual_tokens_before(self) -> int:
+        if self.checkpoint.is_compressed:
+            return self.checkpoint.uncompressed_visual_tokens(self.image)
+        return int(self.is_placeholder.sum())
+
+    @property
+    def grid(self) -> TileGrid | None:
+        """Of the image's tiles; `None` where the backbone has no tiles."""
+        config = self.model.config
+        if not hasattr(config, "image_grid_pinpoints"):
+            return None
+        vision, size = config.vision_config, self.inputs["image_sizes"][0].tolist()
+        return tile_grid(size, config.image_grid_pinpoints, vision.image_size, vision.patch_size)
 
     def generate(self, max_new_tokens: int) -> Any:
         pad = self.checkpoint.processor.tokenizer.pad_token_id
@@ -161,18 +176,34 @@ class _Asked:
         output.sequences.cpu()  # waits for the device
         seconds = time.perf_counter() - start
         self.kv_bytes = sum(tensor.nbytes for tensor in iterate_cache_tensors(output.past_key_values))
+        self.visual_tokens = int(visual_tokens_kept(output.past_key_values, self.is_placeholder))
         return seconds
 
     def answer(self, max_new_tokens: int) -> str:
         sequences = self.generate(max_new_tokens).sequences
         return self.checkpoint.decode(sequences, self.inputs["input_ids"].shape[1])[0]
 
+    def seen(self) -> SeenImage:
+        """The image as the vision tower sees it."""
+        image_processor, vision = self.checkpoint.processor.image_processor, self.model.config.vision_config
+        return seen_image(self.inputs["pixel_values"], image_processor, vision.patch_size, self.grid)
+
     def provenance(self) -> TokenProvenance:
         """What the visual tokens are made of; in a model that doesn't compress, each of one patch."""
         if self.checkpoint.is_compressed:
             return self.model(**self.inputs, output_compression=True, logits_to_keep=1).compression[0]
-        number = self.num_placeholders
-        return TokenProvenance(torch.eye(number), torch.ones(number, dtype=torch.long), ("dropped", "kept"))
+        return _uncompressed_provenance(int(self.is_placeholder.sum()), self.grid)
+
+
+def _uncompressed_provenance(num_tokens: int, grid: TileGrid | None) -> TokenProvenance:
+    """Each token is a patch, but for the newlines that end the rows of a grid; padding is in no token."""
+    role_names = "dropped", "kept", "end of a row"
+    if grid is None:
+        return TokenProvenance(torch.eye(num_tokens), torch.ones(num_tokens, dtype=torch.long), role_names)
+    patches = torch.arange(grid.side**2).expand(grid.num_tiles, -1)
+    order = TileLayout([grid], torch.device("cpu")).order(patches)  # newlines are counted after all patches
+    weights = torch.eye(patches.numel() + grid.num_newlines)[order, : patches.numel()]
+    return TokenProvenance(weights, 2 - weights.any(1).long(), role_names)
 
 
 def _times_to_first_token(asked: Iterable[_Asked]) -> list[float]:

@@ -7,69 +7,26 @@ but is an extra cost of guiding it by the question. Everything takes turns, and 
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPTextModelWithProjection, CLIPVisionModel
 
 from ..modeling.compatibility import clip_embeddings, clip_layers, run_clip_layer
 from ..modeling.compressor_recoverable import assign_tokens, text_similarity, visual_scores
+from .benchmarking import Shapes, command_parser, conditions, describe, parse, take_turns, timed
 
 
 VARIANTS = ("official", "paper")
 TARGET = 0.05  # of the tower's forward
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Sizes of the vision tower and of the text encoder; the defaults are CLIP ViT-L/14-336."""
-
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
-    image_size: int = 336
-    patch_size: int = 14
-    text_width: int = 768
-    text_layers: int = 12
-    text_heads: int = 12
-    text_length: int = 77
-    projection: int = 768
-
-    @property
-    def vision_config(self) -> CLIPVisionConfig:
-        return CLIPVisionConfig(
-            hidden_size=self.width,
-            intermediate_size=4 * self.width,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            projection_dim=self.projection,
-        )
-
-    @property
-    def text_config(self) -> CLIPTextConfig:
-        return CLIPTextConfig(
-            hidden_size=self.text_width,
-            intermediate_size=4 * self.text_width,
-            num_hidden_layers=self.text_layers,
-            num_attention_heads=self.text_heads,
-            max_position_embeddings=self.text_length,
-            projection_dim=self.projection,
-        )
 
 
 class _Bench:
@@ -147,14 +104,7 @@ def benchmark(
     """
     shapes = shapes or Shapes()
     bench = _Bench(shapes, batch_size, dtype)
-    parts = bench.parts()
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    for round_ in track(range(repeats + 1), "timing", console=Console(stderr=True), disable=not progress):
-        for name, run in parts.items():
-            start = time.perf_counter()
-            run()
-            if round_ > 0:  # the first one warms up
-                times[name].append(1000 * (time.perf_counter() - start))
+    times = take_turns({name: timed(run) for name, run in bench.parts().items()}, repeats, progress)
     medians = {name: statistics.median(found) for name, found in times.items()}
     return {
         "parts": medians,
@@ -162,12 +112,7 @@ def benchmark(
         "text_encoder_share": medians["text encoder"] / medians["vision tower"],
         "target": TARGET,
         "shapes": asdict(shapes),
-        "batch_size": batch_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "repeats": repeats,
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        **conditions(batch_size, dtype, repeats),
     }
 
 
@@ -190,29 +135,14 @@ def _print(result: dict[str, Any]) -> None:
         name = f"[bold]compression, {variant}[/] ({account['mean_visual_tokens']:.0f} tokens)"
         table.add_row(name, f"{account['milliseconds']:.1f}", f"[bold]{account['share']:.2%}[/]")
     Console().print(table)
-    print(
-        f"Target: at most {result['target']:.0%} of the tower's forward. Median of {result['repeats']} rounds, "
-        f"batch {result['batch_size']}, {result['dtype']}, {result['threads']} thread(s), torch {result['torch']}."
-    )
+    print(f"Target: at most {result['target']:.0%} of the tower's forward. {describe(result)}")
     print(f"Command: {result['command']}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m foveate.evaluation.benchmark_compression", description=__doc__)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds after a warm-up")
-    parser.add_argument("--threads", type=int, help="torch's own choice if not said")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args()
-    if min(arguments.batch_size, arguments.repeats) < 1:
-        parser.error("--batch-size and --repeats have to be at least 1.")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    result = benchmark(
-        batch_size=arguments.batch_size, dtype=getattr(torch, arguments.dtype), repeats=arguments.repeats
-    )
-    result["command"] = " ".join([parser.prog, *sys.argv[1:]])
+    arguments, command = parse(command_parser("benchmark_compression", __doc__))
+    result = benchmark(batch_size=arguments.batch_size, dtype=arguments.dtype, repeats=arguments.repeats)
+    result["command"] = command
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:

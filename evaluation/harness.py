@@ -14,6 +14,7 @@ import os
 import platform
 import secrets
 import shlex
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from ..errors import FoveateError, first_sentence
 from ..lab.scenes import QUESTION_TYPES, ask_questions, draw_scene, sample_scene
 from ..modeling.compressed_model import CompressedModelMixin
 from ..modeling.logical_cache import LogicalCache
+from .flops import count_visual_tokens, uncompressed_account
 from .metrics import exact_match, share_of
 
 
@@ -146,6 +148,11 @@ class Checkpoint:
         answers = self.processor.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
+    def uncompressed_visual_tokens(self, image: Image.Image) -> int:
+        """Tokens that the stock model of a compressed one's shape would have of an image."""
+        config = self.model.config
+        return count_visual_tokens(config, image.size, uncompressed_account(config).tokens_per_tile)
+
     def content_hash(self) -> str:
         """The first 16 hex digits of a SHA-256 over config and weight files, wherever they lie."""
         digest = hashlib.sha256()
@@ -239,6 +246,7 @@ class _Tally:
     types: list[str] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     visual_tokens: list[int] = field(default_factory=list)
+    base_visual_tokens: list[int] = field(default_factory=list)
 
     def scores(self) -> dict[str, Any]:
         """The accuracies of a result. Turns of a dialogue count as independent in the interval of the whole."""
@@ -269,6 +277,8 @@ def _ask_batch(checkpoint: Checkpoint, examples: list[Example], tally: _Tally) -
         )
         if turn == 0:
             tally.visual_tokens += visual_tokens
+            images = [example.image for example in examples] if checkpoint.is_compressed else []
+            tally.base_visual_tokens += map(checkpoint.uncompressed_visual_tokens, images)
         for row, answer in zip(rows, answers):
             asked = examples[row].turns[turn]
             conversations[row].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -339,7 +349,7 @@ def evaluate(
             bar.update(shown, advance=len(batch), description=so_far)
     seconds = time.perf_counter() - start
 
-    kept = sum(tally.visual_tokens) / len(tally.visual_tokens)
+    kept = statistics.fmean(tally.visual_tokens)
     result = {
         "command": _command(checkpoint, task, limit, seed, batch_size, output, settings, dtype, method_label),
         "task": task,
@@ -352,7 +362,7 @@ def evaluate(
         "compression": opened.settings,
         "dtype": str(opened.model.dtype).removeprefix("torch."),
         **tally.scores(),
-        "base_visual_tokens": float(opened.model.config.num_patches) if opened.is_compressed else kept,
+        "base_visual_tokens": statistics.fmean(tally.base_visual_tokens or tally.visual_tokens),
         "mean_visual_tokens": kept,
         "versions": versions(),
         "timing": {"seconds": round(seconds, 3), "device": opened.model.device.type},

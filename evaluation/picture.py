@@ -1,7 +1,9 @@
-"""A picture of what became of each patch: the image on the left, the same with its visual tokens on the right.
+"""A picture of what became of each patch: the image, then the same with its visual tokens.
 
-It is drawn from the tokens' provenance alone, so it knows no method: a token of one patch is an outline in the colour
-of its role, a token of many patches a tint over them with a dot on the strongest, and what went into no token is dark.
+It is drawn from the tokens' provenance alone, so it knows no method. Where tokens are made in one step, a token of one
+patch is an outline in the colour of its role, a token of many patches a tint over them with a dot on the strongest, and
+what went into no token is dark. Where they are made in several, every step has a panel, the patches that it left clear
+and the others dark, as in QG-VTC's Figures 4–9, and the last outlines them.
 """
 
 from __future__ import annotations
@@ -10,121 +12,243 @@ import colorsys
 import itertools
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from ..modeling.compressed_model import TokenProvenance
+from ..processing.image_tiles import TileGrid
 
 
-PANEL, MARGIN = 560, 28  # pixels; a panel is at most this wide or high
+PANEL, SMALL_PANEL, MARGIN = 560, 336, 28  # pixels; of a panel, each view is at most this wide or high
+ACROSS = 4  # most views side by side
+_GAP = 8  # pixels between the views of a panel
 INK, ACCENT, PAPER = "#1c2330", "#2563a8", "#ffffff"
 OUTLINES = ("#ffb000", "#19c3e6", "#ff5cc8", "#9be564")  # a role each, in the order of the roles
 REST = "#46536b"  # tint of a token that holds most of the image
-DARK = "#101010"  # of a patch that is in no token
+DARK = "#101010"  # of a patch that has no token
 _DARK, _TINT, _REST = 0.8, 0.5, 0.66  # how much of a patch they cover
 _LONGEST_TITLE = 240  # characters of question and of answer
 _FINE = 2  # everything is drawn this much larger, then made smaller: smooth edges
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """What the picture shows, read from a provenance.
+class View:
+    """A picture that the vision tower saw, of whole patches.
 
     Attributes:
+        image: without padding.
+        patches: (rows, columns), the number of each patch among those of the provenance.
+    """
+
+    image: Image.Image
+    patches: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SeenImage:
+    """An image as the vision tower saw it.
+
+    Attributes:
+        views: one for LLaVA-1.5; for LLaVA-NeXT the overview, and the grid of tiles put together again.
+        num_patches: of all tiles, padding included.
+    """
+
+    views: tuple[View, ...]
+    num_patches: int
+
+
+def seen_image(
+    pixel_values: torch.Tensor, image_processor: Any, patch_size: int, grid: TileGrid | None = None
+) -> SeenImage:
+    """What the vision tower saw of one image, with its colours put right again.
+
+    Args:
+        pixel_values: (1, 3, height, width); with a grid (1, tiles, 3, height, width), more tiles than it has allowed.
+        image_processor: knows by which mean and deviation they were normalised.
+        patch_size: side of a patch in pixels.
+        grid: of the tiles, where the image was cut into such.
+    """
+    mean, std = (torch.tensor(getattr(image_processor, f"image_{name}")) for name in ("mean", "std"))
+    tiles = pixel_values.float().cpu().flatten(0, -4).movedim(1, -1) * std + mean  # (tiles, height, width, 3)
+    rows, columns = (length // patch_size for length in tiles.shape[1:3])
+    tiles = tiles[: grid.num_tiles if grid else 1, : rows * patch_size, : columns * patch_size]
+    numbers = torch.arange(len(tiles) * rows * columns).view(-1, rows, columns)
+    views = [View(_to_image(tiles[0]), numbers[0])]
+    if grid:
+        whole = _to_image(_put_together(tiles[1:], grid, patch_size))
+        views.append(View(whole, _put_together(numbers[1:], grid, 1)))
+    return SeenImage(tuple(views), numbers.numel())
+
+
+def _put_together(tiles: torch.Tensor, grid: TileGrid, scale: int) -> torch.Tensor:
+    """(rows · columns, height, width, …) of a grid → the part of the whole that is no padding, at `scale` a patch."""
+    whole = tiles.unflatten(0, (grid.rows, grid.columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    return whole[grid.top * scale : grid.bottom * scale, grid.left * scale : grid.right * scale]
+
+
+def _to_image(pixels: torch.Tensor) -> Image.Image:
+    """(height, width, 3), from 0 to 1."""
+    return Image.fromarray((pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy())
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a panel shows. Patches are numbered as they are shown, view after view, row after row.
+
+    Attributes:
+        dark: patches without a token of their own, and in none that is merged.
+        absorbed: how many of the dark are a part of tokens that other patches were kept for.
         kept: role → patches, a token each.
         merged: for each merged token its strongest patch.
         owner: patch → index in `merged` of the token that holds the most of it.
         is_rest: for each merged token, whether it holds most of the image.
-        dropped: patches in no token.
+        of_no_patch: role → tokens that are made of no patch.
     """
 
-    kept: dict[int, list[int]]
-    merged: list[int]
-    owner: dict[int, int]
-    is_rest: list[bool]
-    dropped: list[int]
+    dark: list[int]
+    absorbed: int = 0
+    kept: dict[int, list[int]] = field(default_factory=dict)
+    merged: list[int] = field(default_factory=list)
+    owner: dict[int, int] = field(default_factory=dict)
+    is_rest: list[bool] = field(default_factory=list)
+    of_no_patch: dict[int, int] = field(default_factory=dict)
 
 
-def _read(provenance: TokenProvenance) -> _Reading:
-    weights, roles = provenance.weights.float().cpu(), provenance.roles.cpu()
+def _read_panels(provenance: TokenProvenance, shown: torch.Tensor) -> list[tuple[str, _Reading]]:
+    """Caption and content of every panel after the first; `shown` are the numbers of the patches that are shown."""
+    weights, roles = provenance.weights[:, shown.to(provenance.weights.device)].float().cpu(), provenance.roles.cpu()
+    placed = (weights > 0).any(1)
+    of_no_patch = {role: int((roles[~placed] == role).sum()) for role in sorted(set(roles[~placed].tolist()))}
+    weights, roles, steps = weights[placed], roles[placed], provenance.steps
+    if not steps:
+        caption = _count(len(provenance.weights), "visual token", "visual tokens")
+        return [(caption, _read_tokens(weights, roles, of_no_patch))]
+    left = [torch.isin(shown, kept.cpu()) for _, kept in steps]  # (patches shown,) bool
+    total = _count(len(shown), "patch", "patches")
+    captions = [f"{name}: {int(is_left.sum())} of {total}" for (name, _), is_left in zip(steps, left)]
+    readings = [_Reading(_indices(~is_left)) for is_left in left[:-1]]
+    readings.append(_read_last_step(weights, roles, left[-1], of_no_patch))
+    return list(zip(captions, readings))
+
+
+def _read_tokens(weights: torch.Tensor, roles: torch.Tensor, of_no_patch: dict[int, int]) -> _Reading:
+    """Tokens that were made in one step, from their weights (tokens, patches)."""
     patches_of = (weights > 0).sum(1)  # (tokens,)
     merging_roles = set(roles[patches_of > 1].tolist())
     is_merged = torch.tensor([role in merging_roles for role in roles.tolist()], dtype=torch.bool)
-    kept: dict[int, list[int]] = {}
-    for role, patch in zip(roles[~is_merged].tolist(), weights[~is_merged].argmax(1).tolist()):
-        kept.setdefault(role, []).append(patch)
+    kept = _by_role(roles[~is_merged], weights[~is_merged].argmax(1))
     merged = weights[is_merged]  # (merged tokens, patches)
     alone = {patch for patches in kept.values() for patch in patches}
-    held = [patch for patch in (merged > 0).any(0).nonzero()[:, 0].tolist() if patch not in alone]
+    held = [patch for patch in _indices((merged > 0).any(0)) if patch not in alone]
     return _Reading(
-        kept=dict(sorted(kept.items())),
+        dark=_indices(weights.sum(0) == 0),
+        kept=kept,
         merged=merged.argmax(1).tolist(),
         owner={patch: int(merged[:, patch].argmax()) for patch in held},
         is_rest=(patches_of[is_merged] > weights.shape[1] / 2).tolist(),
-        dropped=(weights.sum(0) == 0).nonzero()[:, 0].tolist(),
+        of_no_patch=of_no_patch,
     )
 
 
-def shown_image(pixel_values: torch.Tensor, image_processor: Any) -> Image.Image:
-    """The picture that the vision tower saw, (1, 3, height, width) of it, with its colours put right again."""
-    mean, std = (torch.tensor(getattr(image_processor, f"image_{name}")) for name in ("mean", "std"))
-    pixels = pixel_values[0].float().cpu().permute(1, 2, 0) * std + mean
-    return Image.fromarray((pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy())
+def _read_last_step(
+    weights: torch.Tensor, roles: torch.Tensor, is_left: torch.Tensor, of_no_patch: dict[int, int]
+) -> _Reading:
+    """Tokens after the last of several steps. What they took in on the way is in nearly all of them, a little of each:
+    it is no tint, and a token is shown at the patch that it was, of those that are left the one it holds."""
+    own = is_left.nonzero()[:, 0]
+    return _Reading(
+        dark=_indices(~is_left),
+        absorbed=int(((weights > 0).any(0) & ~is_left).sum()),
+        kept=_by_role(roles, own[weights[:, own].argmax(1)]),
+        of_no_patch=of_no_patch,
+    )
 
 
-def draw_compression(
-    image: Image.Image, provenance: TokenProvenance, patch_size: int, question: str, answer: str
-) -> Image.Image:
+def _by_role(roles: torch.Tensor, patches: torch.Tensor) -> dict[int, list[int]]:
+    return {role: patches[roles == role].tolist() for role in sorted(set(roles.tolist()))}
+
+
+def _indices(mask: torch.Tensor) -> list[int]:
+    return mask.nonzero()[:, 0].tolist()
+
+
+def draw_compression(seen: SeenImage, provenance: TokenProvenance, question: str, answer: str) -> Image.Image:
     """Draws what became of each patch.
 
     Args:
-        image: as the vision tower saw it, so that patches line up.
+        seen: the image as the vision tower saw it, so that patches line up.
         provenance: of its visual tokens.
-        patch_size: side of a patch in pixels of `image`.
         question, answer: the title.
 
     Returns:
-        A picture of two panels, title and legend.
+        A picture: the image and a panel for every step, at most `ACROSS` views side by side, with title and legend.
 
     Raises:
         ValueError: the provenance is of another number of patches than the image has.
     """
-    columns, rows = image.width // patch_size, image.height // patch_size
-    num_tokens, num_patches = provenance.weights.shape
-    if columns * rows != num_patches:
-        raise ValueError(f"The image has {columns} × {rows} patches, the provenance is of {num_patches}.")
-    reading = _read(provenance)
-    side = max(1, PANEL // max(columns, rows))  # of a drawn patch
-    plain = image.crop((0, 0, columns * patch_size, rows * patch_size)).convert("RGB")
-    plain = plain.resize((columns * side * _FINE, rows * side * _FINE), Image.Resampling.LANCZOS)
-    panels = [plain, _overlay(plain, reading, columns, side * _FINE)]
-    panels = [panel.resize((columns * side, rows * side), Image.Resampling.LANCZOS) for panel in panels]
-    captions = [_count(num_patches, "patch", "patches"), _count(num_tokens, "visual token", "visual tokens")]
-    return _compose(panels, captions, question, answer, _legend(reading, provenance.role_names))
+    num_patches = provenance.weights.shape[1]
+    if seen.num_patches != num_patches:
+        raise ValueError(f"The image has {seen.num_patches} patches, the provenance is of {num_patches}.")
+    shown = torch.cat([view.patches.flatten() for view in seen.views])
+    panels = _read_panels(provenance, shown)
+    length = PANEL if (1 + len(panels)) * len(seen.views) <= 2 else SMALL_PANEL
+    drawn = [_draw_panel(seen.views, reading, length) for reading in (None, *(reading for _, reading in panels))]
+    captions = [_count(len(shown), "patch", "patches"), *(caption for caption, _ in panels)]
+    if len(seen.views) > 1:
+        captions[0] = f"overview and tiles: {captions[0]}"
+    legend = _legend(panels[-1][1], provenance.role_names)
+    return _compose(drawn, captions, max(1, ACROSS // len(seen.views)), question, answer, legend)
 
 
-def _overlay(plain: Image.Image, reading: _Reading, columns: int, side: int) -> Image.Image:
+def _draw_panel(views: tuple[View, ...], reading: _Reading | None, length: int) -> Image.Image:
+    """The views side by side, each at most `length` wide or high, with what the reading says; `None`: plain."""
+    pictures, first = [], 0
+    for view in views:
+        rows, columns = view.patches.shape
+        side = max(1, length // max(columns, rows))  # of a drawn patch
+        picture = view.image.convert("RGB")
+        picture = picture.resize((columns * side * _FINE, rows * side * _FINE), Image.Resampling.LANCZOS)
+        if reading is not None:
+            picture = _overlay(picture, reading, range(first, first + rows * columns), columns, side * _FINE)
+        pictures.append(picture.resize((columns * side, rows * side), Image.Resampling.LANCZOS))
+        first += rows * columns
+    if len(pictures) == 1:
+        return pictures[0]
+    width = sum(picture.width + _GAP for picture in pictures) - _GAP
+    panel, left = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER), 0
+    for picture in pictures:
+        panel.paste(picture, (left, 0))
+        left += picture.width + _GAP
+    return panel
+
+
+def _overlay(plain: Image.Image, reading: _Reading, patches: range, columns: int, side: int) -> Image.Image:
+    """One view; `patches` are those that it shows."""
+
     def box(patch: int, inset: float = 0) -> tuple[float, ...]:
-        left, top = patch % columns * side, patch // columns * side
+        row, column = divmod(patch - patches.start, columns)
+        left, top = column * side, row * side
         return left + inset, top + inset, left + side - 1 - inset, top + side - 1 - inset
 
     tints = _tints(reading)
     layer = Image.new("RGBA", plain.size)
     draw = ImageDraw.Draw(layer)
-    for patch in reading.dropped:
+    for patch in filter(patches.__contains__, reading.dark):
         draw.rectangle(box(patch), fill=(*ImageColor.getrgb(DARK), int(255 * _DARK)))
     for patch, owner in reading.owner.items():
-        draw.rectangle(box(patch), fill=(*tints[owner], int(255 * (_REST if reading.is_rest[owner] else _TINT))))
+        if patch in patches:
+            cover = _REST if reading.is_rest[owner] else _TINT
+            draw.rectangle(box(patch), fill=(*tints[owner], int(255 * cover)))
     panel = Image.alpha_composite(plain.convert("RGBA"), layer)
     draw = ImageDraw.Draw(panel)
     for token, patch in enumerate(reading.merged):
-        if not reading.is_rest[token]:  # a sum over everything has no centre
+        if patch in patches and not reading.is_rest[token]:  # a sum over everything has no centre
             draw.ellipse(box(patch, 0.3 * side), fill=tints[token], outline="white", width=max(2, side // 16))
-    for (_, patches), colour in zip(reading.kept.items(), _outlines()):
-        for patch in patches:
+    for (_, of_role), colour in zip(reading.kept.items(), _outlines()):
+        for patch in filter(patches.__contains__, of_role):
             draw.rectangle(box(patch), outline="black", width=max(3, side // 9))
             draw.rectangle(box(patch, max(1, side // 36)), outline=colour, width=max(2, side // 12))
     return panel.convert("RGB")
@@ -161,36 +285,54 @@ def _legend(reading: _Reading, role_names: tuple[str, ...]) -> list[tuple[str, s
             colour = "#{:02x}{:02x}{:02x}".format(*_tints(reading)[tokens[0]])
             text = f"{_count(held, 'patch', 'patches')} in {_count(len(tokens), 'token', 'tokens')}"
             rows.append((kind, colour, f"{what}: {text}"))
-    if reading.dropped:
-        rows.append(("tint", DARK, f"dropped: {_count(len(reading.dropped), 'patch', 'patches')}"))
+    if reading.absorbed:
+        absorbed = _count(reading.absorbed, "patch", "patches")
+        rows.append(("tint", DARK, f"discarded, merged into kept tokens: {absorbed}"))
+    if dropped := len(reading.dark) - reading.absorbed:
+        rows.append(("tint", DARK, f"dropped: {_count(dropped, 'patch', 'patches')}"))
+    rows += [
+        ("none", INK, f"{role_names[role]}, of no patch: {_count(number, 'token', 'tokens')}")
+        for role, number in reading.of_no_patch.items()
+    ]
     return rows
 
 
 def _compose(
-    panels: list[Image.Image], captions: list[str], question: str, answer: str, legend: list[tuple[str, str, str]]
+    panels: list[Image.Image],
+    captions: list[str],
+    across: int,
+    question: str,
+    answer: str,
+    legend: list[tuple[str, str, str]],
 ) -> Image.Image:
-    """Title, panels side by side with captions, and the legend in two columns."""
+    """Title, panels of one size with captions in rows of `across`, and the legend in two columns, or one if it must."""
     title_font, font, small = (ImageFont.load_default(size) for size in (24, 18, 16))
-    width = max(3 * MARGIN + sum(panel.width for panel in panels), 640)
+    across = min(across, len(panels))
+    step_x = MARGIN + max(panels[0].width, *(int(font.getlength(caption)) + 1 for caption in captions))
+    step_y = panels[0].height + 50
+    width = max(MARGIN + across * step_x, 640)
     title = [
         (line, colour)
         for text, colour in ((question, INK), (answer, ACCENT))
         for line in _wrap(textwrap.shorten(text, _LONGEST_TITLE, placeholder=" …"), title_font, width - 2 * MARGIN)
     ]
     panels_top = MARGIN + 32 * len(title) + 14
-    legend_top = panels_top + panels[0].height + 50
-    height = legend_top + 30 * -(-len(legend) // 2) + MARGIN - 8
+    legend_top = panels_top + -(-len(panels) // across) * step_y
+    longest = max((small.getlength(text) for *_, text in legend), default=0)
+    legend_columns = 2 if longest + 30 + 10 <= (width - MARGIN) // 2 else 1
+    height = legend_top + 30 * -(-len(legend) // legend_columns) + MARGIN - 8
 
     canvas = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(canvas)
     for row, (line, colour) in enumerate(title):
         draw.text((MARGIN, MARGIN - 4 + 32 * row), line, colour, title_font)
     for index, (panel, caption) in enumerate(zip(panels, captions)):
-        left = MARGIN + index * (panel.width + MARGIN)
-        canvas.paste(panel, (left, panels_top))
-        draw.text((left, panels_top + panel.height + 10), caption, INK, font)
+        left, top = MARGIN + index % across * step_x, panels_top + index // across * step_y
+        canvas.paste(panel, (left, top))
+        draw.text((left, top + panel.height + 10), caption, INK, font)
     for index, (kind, colour, text) in enumerate(legend):
-        left, top = MARGIN + index % 2 * (width - MARGIN) // 2, legend_top + index // 2 * 30
+        row, column = divmod(index, legend_columns)
+        left, top = MARGIN + column * (width - MARGIN) // 2, legend_top + row * 30
         _swatch(draw, kind, colour, left, top)
         draw.text((left + 30, top + 1), text, INK, small)
     return canvas
@@ -204,6 +346,8 @@ def _swatch(draw: ImageDraw.ImageDraw, kind: str, colour: str, left: int, top: i
         paler = tuple((part + 255) // 2 for part in ImageColor.getrgb(colour))
         draw.rectangle(box, fill=paler)
         draw.ellipse((left + 5, top + 5, left + 14, top + 14), fill=colour)
+    elif kind == "none":
+        draw.line((left + 4, top + 10, left + 15, top + 10), fill=colour, width=2)
     else:
         draw.rectangle(box, fill=colour)
 

@@ -101,11 +101,6 @@ class CompressedModelMixin:
             processor.set_compression(settings)
 
 
-def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens, width) at (batch, chosen) → (batch, chosen, width)."""
-    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
 def keep_logits(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """(batch, length, width) at the last columns (0: all of them), or at the columns of the given indices."""
     return values[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else values[:, logits_to_keep]

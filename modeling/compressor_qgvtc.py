@@ -47,7 +47,7 @@ def class_correlation(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 def attention_rows(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Rows of the attention matrix, (B, h, rows, tokens), of queries (B, h, rows, d/h) on keys (B, h, tokens, d/h)."""
-    return (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(-1)
+    return ((queries * queries.shape[-1] ** -0.5) @ keys.mT).softmax(-1)  # the scale on the smaller of the two
 
 
 def choose_tokens(

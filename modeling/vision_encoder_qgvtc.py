@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..configuration.settings_qgvtc import QGVTCSettings
 from .compatibility import clip_embeddings, clip_layers, run_attention, run_clip_layer
-from .compressed_model import gather_tokens
 from .compressor_qgvtc import (
     attention_rows,
     choose_tokens,
@@ -115,30 +114,29 @@ def _compress(
     """One compressing layer on (B, 1 + n, d), which leaves (B, 1 + number, d)."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
-    projected_keys = attention.k_proj(normed)
-    keys, values = (_split_heads(x, attention) for x in (projected_keys, attention.v_proj(normed)))
+    keys, values = attention.k_proj(normed), attention.v_proj(normed)
     # Without recycling nobody reads the discarded rows of the attention, so their queries aren't computed either.
     queries = attention.q_proj(normed if recycling else normed[:, :1])
 
-    correlation = _correlation(attention, queries[:, :1], text_class, has_question, projected_keys, keys)
+    correlation = _correlation(attention, queries[:, :1], text_class, has_question, keys)
     kept, discarded = choose_tokens(correlation, number, selectable)
-    rows = torch.cat([torch.zeros_like(kept[:, :1]), kept + 1], dim=1)  # the class token always stays
+    class_token = torch.zeros_like(kept[:, :1])  # it always stays
+    order = torch.cat([class_token, kept + 1, discarded + 1], dim=1)
+    images, rows = torch.arange(len(order), device=order.device)[:, None], 1 + number
     weights = None
     if recycling:
-        attended = attention_rows(_split_heads(gather_tokens(queries, rows), attention), keys)  # (B, h, 1 + k, 1 + n)
-        mixed = (attended @ values).transpose(1, 2).flatten(2)
-        weights = attended.mean(1).gather(2, (discarded + 1)[:, None].expand(-1, rows.shape[1], -1))
+        # Attention is blind to the order of its keys. With the kept in front, rows and columns are slices from here on.
+        hidden, queries, keys, values = (x[images, order] for x in (hidden, queries, keys, values))
+        queries, keys, values = (_split_heads(x, attention) for x in (queries, keys, values))
+        attended = attention_rows(queries[:, :, :rows], keys)  # (B, h, 1 + k, 1 + n)
+        weights = attended[..., rows:].mean(1)  # (B, 1 + k, m); of all columns, it would cost as much as the products
+        tokens = hidden[:, :rows] + attention.out_proj((attended @ values).transpose(1, 2).flatten(2))
+        others = attention.out_proj(run_attention(attention, queries[:, :, rows:], keys, values))
+        tokens = recycle(tokens, hidden[:, rows:] + others, weights)
     else:
-        mixed = run_attention(
-            attention, _split_heads(attention.q_proj(gather_tokens(normed, rows)), attention), keys, values
-        )
-    tokens = gather_tokens(hidden, rows) + attention.out_proj(mixed)
-    if recycling:
-        others = _split_heads(gather_tokens(queries, discarded + 1), attention)
-        others = gather_tokens(hidden, discarded + 1) + attention.out_proj(
-            run_attention(attention, others, keys, values)
-        )
-        tokens = recycle(tokens, others, weights)
+        queries = attention.q_proj(normed[images, order[:, :rows]])
+        queries, keys, values = (_split_heads(x, attention) for x in (queries, keys, values))
+        tokens = hidden[images, order[:, :rows]] + attention.out_proj(run_attention(attention, queries, keys, values))
     if correlation.requires_grad:
         gated = straight_through_gate(tokens[:, 1:], correlation.gather(1, kept))
         tokens = torch.cat([tokens[:, :1], gated], dim=1)
@@ -151,17 +149,16 @@ def _correlation(
     class_query: torch.Tensor,
     text_class: torch.Tensor | None,
     has_question: torch.Tensor | None,
-    projected_keys: torch.Tensor,
     keys: torch.Tensor,
 ) -> torch.Tensor:
-    """(B, n): by the question where there is one, else by the image's class token."""
+    """(B, n), from keys (B, 1 + n, d): by the question where there is one, else by the image's class token."""
     by_question = None
     if text_class is not None:
-        by_question = question_correlation(attention.q_proj(text_class), projected_keys[:, 1:])
+        by_question = question_correlation(attention.q_proj(text_class), keys[:, 1:])
         if has_question is None:
             return by_question
     with torch.no_grad():  # the choice has no gradient, and nothing else reads it
-        by_class = class_correlation(_split_heads(class_query, attention), keys)
+        by_class = class_correlation(_split_heads(class_query, attention), _split_heads(keys, attention))
     return by_class if by_question is None else torch.where(has_question[:, None], by_question, by_class)
 
 
@@ -172,7 +169,8 @@ def _split_heads(projected: torch.Tensor, attention: nn.Module) -> torch.Tensor:
 
 def _compose(weights: torch.Tensor, step: _Step) -> torch.Tensor:
     """(B, n, patches) → (B, k, patches): what the tokens that a layer leaves are made of."""
-    composed = gather_tokens(weights, step.kept)
+    images = torch.arange(len(weights), device=weights.device)[:, None]
+    composed = weights[images, step.kept]
     if step.weights is None:
         return composed
-    return recycle(composed, gather_tokens(weights, step.discarded), step.weights.to(weights.dtype))
+    return recycle(composed, weights[images, step.discarded], step.weights.to(weights.dtype))

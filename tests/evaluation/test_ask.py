@@ -5,10 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
+from foveate import convert
 from foveate.errors import FoveateError
+from foveate.evaluation import picture as drawing
 from foveate.evaluation.ask import ask, kv_bytes_by_account, open_image
-from foveate.evaluation.harness import open_checkpoint
+from foveate.evaluation.harness import evaluate, open_checkpoint
 from foveate.lab.scenes import draw_scene, sample_scene
+from foveate.modeling.modeling_qgvtc import ROLE_NAMES
+
+from ..conversion.tiny_checkpoints import write_clip, write_llava, write_llava_next
 
 
 QUESTION = "what colour is it"
@@ -53,6 +58,55 @@ class TestAnAnswer:
         path = tmp_path / "new" / "shown.png"
         assert ask(checkpoints / "compressed", picture, QUESTION, show=path, max_new_tokens=2).picture == str(path)
         assert min(Image.open(path).size) > 300
+
+
+@pytest.fixture(scope="module", params=["llava", "llava_next"])
+def exact(request, tmp_path_factory):
+    """A base and what QG-VTC makes of it: 9 patches an image or tile, 4 of which are kept in two steps."""
+    folder = tmp_path_factory.mktemp(request.param)
+    base = {"llava": write_llava, "llava_next": write_llava_next}[request.param](folder / "base")
+    settings = {"num_visual_tokens": 4, "layers": [0, 1]}
+    return base, convert(base, folder / "out", "qg-vtc", write_clip(folder / "clip"), settings)
+
+
+@pytest.mark.parametrize("size", [(60, 42), (100, 20), (84, 84)])  # width, height; the second one has padded tiles
+class TestWhereTheNumberOfTokensIsKnown:
+    def test_it_is_counted_as_the_stock_model_and_the_language_model_count(self, exact, size):
+        base, compressed = exact
+        found = ask(compressed, Image.new("RGB", size, "red"), QUESTION, compare=base, max_new_tokens=1)
+        uncompressed = ask(base, Image.new("RGB", size, "red"), QUESTION, max_new_tokens=1)
+        assert found.visual_tokens_before == uncompressed.visual_tokens_before == uncompressed.visual_tokens_after
+        assert 4 <= found.visual_tokens_after < found.visual_tokens_before
+        assert found.kv_bytes_uncompressed == found.base_kv_bytes == uncompressed.kv_bytes
+        a_token = found.base_kv_bytes // (found.visual_tokens_before + 9)
+        assert found.base_kv_bytes - found.kv_bytes == a_token * (
+            found.visual_tokens_before - found.visual_tokens_after
+        )
+
+    def test_the_picture_shows_every_step_of_every_tile(self, exact, size, tmp_path, monkeypatch):
+        legends, captions = [], []
+        compose = drawing._compose
+        monkeypatch.setattr(
+            drawing,
+            "_compose",
+            lambda *a: captions.extend(a[1]) or legends.append([t for *_, t in a[-1]]) or compose(*a),
+        )
+        for checkpoint in exact:
+            found = ask(checkpoint, Image.new("RGB", size, "red"), QUESTION, max_new_tokens=1, show=tmp_path / "a.png")
+        assert min(Image.open(tmp_path / "a.png").size) > 300
+        assert [caption.partition(":")[0] for caption in captions[-2:]] == ["layer 0", "layer 1"]
+        for legend, asked_tokens in zip(legends, (found.visual_tokens_before, found.visual_tokens_after)):
+            assert sum(int(text.split()[-2]) for text in legend if "token" in text.split()[-1]) == asked_tokens
+        assert legends[1][0].startswith(ROLE_NAMES[1])
+
+
+@pytest.mark.parametrize("exact", ["llava_next"], indirect=True)
+def test_the_harness_counts_as_ask_does(exact):
+    scene = draw_scene(sample_scene("test", 0))
+    result = evaluate(exact[1], limit=2, progress=False)  # all scenes are of one size
+    found = ask(exact[1], scene, QUESTION, max_new_tokens=1)
+    assert result["base_visual_tokens"] == found.visual_tokens_before
+    assert result["mean_visual_tokens"] == found.visual_tokens_after
 
 
 def test_grouped_query_attention_is_in_the_account():

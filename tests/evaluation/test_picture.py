@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 
 from foveate.evaluation import picture as drawing
-from foveate.evaluation.picture import draw_compression, shown_image
+from foveate.evaluation.picture import SeenImage, View, draw_compression, seen_image
 from foveate.modeling.compressed_model import TokenProvenance
+from foveate.processing.image_tiles import TileGrid, tile_grid
 
 
 ROLE_NAMES = ("dropped", "kept by sight", "recovered", "merged")
@@ -25,8 +26,22 @@ def provenance(kept=(), recovered=(), merged=(), patches=16) -> TokenProvenance:
     return TokenProvenance(torch.stack(rows), torch.tensor(roles), ROLE_NAMES)
 
 
+def grey(columns=4, rows=4) -> SeenImage:
+    image = Image.new("RGB", (columns * SIDE, rows * SIDE), (GREY,) * 3)
+    return SeenImage((View(image, torch.arange(rows * columns).view(rows, columns)),), rows * columns)
+
+
 def draw(found: TokenProvenance, question="what is it", answer="red") -> Image.Image:
-    return draw_compression(Image.new("RGB", (4 * SIDE, 4 * SIDE), (GREY,) * 3), found, SIDE, question, answer)
+    return draw_compression(grey(), found, question, answer)
+
+
+def read(found: TokenProvenance) -> list:
+    return drawing._read_panels(found, torch.arange(found.weights.shape[1]))
+
+
+def read_only(found: TokenProvenance):
+    [(_, reading)] = read(found)
+    return reading
 
 
 def patch_colour(drawn: Image.Image, patch: int) -> tuple[int, int, int]:
@@ -48,7 +63,7 @@ def test_every_patch_shows_what_became_of_it():
 
 
 def test_the_legend_counts():
-    legend = drawing._legend(drawing._read(provenance([0, 5], [10], [[3, 7], [12, 13, 14]])), ROLE_NAMES)
+    legend = drawing._legend(read_only(provenance([0, 5], [10], [[3, 7], [12, 13, 14]])), ROLE_NAMES)
     assert [text for *_, text in legend] == [
         "kept by sight: 2 tokens",
         "recovered: 1 token",
@@ -59,20 +74,20 @@ def test_the_legend_counts():
 
 def test_a_token_that_holds_most_of_the_image_has_no_centre_and_no_hue():
     found = provenance(kept=[0], merged=[[1, 2], [*range(3, 16), 2]])
-    reading = drawing._read(found)
+    reading = read_only(found)
     assert reading.is_rest == [False, True]
     assert [text for *_, text in drawing._legend(reading, ROLE_NAMES)][-1] == "all the rest: 13 patches in 1 token"
     draw(found)
 
 
 def test_a_patch_in_two_tokens_is_shown_in_the_one_that_holds_more_of_it():
-    reading = drawing._read(provenance(kept=[0], merged=[[1, 2, 3], [3, 2]]))
+    reading = read_only(provenance(kept=[0], merged=[[1, 2, 3], [3, 2]]))
     assert reading.owner == {1: 0, 2: 0, 3: 1}
     assert reading.merged == [1, 3]
 
 
 def test_a_cluster_of_one_patch_is_still_merged():
-    reading = drawing._read(provenance(kept=[0], merged=[[1, 2], [3]]))
+    reading = read_only(provenance(kept=[0], merged=[[1, 2], [3]]))
     assert reading.kept == {1: [0]}
     assert reading.merged == [1, 3]
 
@@ -88,14 +103,131 @@ def test_a_long_question_is_wrapped_and_a_very_long_one_is_cut():
 
 
 def test_an_image_that_is_not_square():
-    image = Image.new("RGB", (6 * SIDE, 2 * SIDE))
-    drawn = draw_compression(image, provenance(kept=[0], patches=12), SIDE, "what", "red")
+    drawn = draw_compression(grey(columns=6, rows=2), provenance(kept=[0], patches=12), "what", "red")
     assert drawn.width > 2 * drawn.height
 
 
 def test_another_images_provenance():
-    with pytest.raises(ValueError, match="4 × 4 patches, the provenance is of 9"):
+    with pytest.raises(ValueError, match="has 16 patches, the provenance is of 9"):
         draw(provenance(kept=[0], patches=9))
+
+
+class InSteps:
+    """16 patches in three steps, with recycling: the tokens that are left hold some of every patch but patch 15."""
+
+    left = [0, 2, 5, 7, 8, 10, 11, 13], [2, 5, 7, 10], [5, 10]
+
+    @classmethod
+    def provenance(cls, newlines=0) -> TokenProvenance:
+        weights = torch.full((2 + newlines, 16), 0.1)
+        weights[:, 15], weights[2:] = 0, 0
+        weights[0, 10], weights[1, 5] = 1, 1  # tokens stand in another order than patches
+        weights[:2, 3] = 1.5  # recycled twice: more of it than of the token's own patch
+        weights[0, 5] = weights[1, 10] = 0  # what is kept is never recycled
+        steps = tuple((f"layer {layer}", torch.tensor(left)) for layer, left in zip((12, 14, 16), cls.left))
+        return TokenProvenance(weights, torch.tensor([1, 2] + [3] * newlines), ROLE_NAMES, steps)
+
+
+class TestOneStepAfterTheOther:
+    def test_each_has_a_panel_with_the_patches_that_it_left(self):
+        panels = read(InSteps.provenance())
+        assert [caption for caption, _ in panels] == [
+            "layer 12: 8 of 16 patches",
+            "layer 14: 4 of 16 patches",
+            "layer 16: 2 of 16 patches",
+        ]
+        for (_, reading), left in zip(panels, InSteps.left):
+            assert sorted(set(range(16)) - set(reading.dark)) == left
+
+    def test_the_last_outlines_each_tokens_own_patch_and_nothing_is_a_tint(self):
+        *earlier, (_, last) = read(InSteps.provenance())
+        assert last.kept == {1: [10], 2: [5]}
+        assert not last.merged and not last.owner
+        assert not any(reading.kept for _, reading in earlier)
+
+    def test_the_legend_tells_what_is_recycled_from_what_is_gone(self):
+        assert [text for *_, text in drawing._legend(read(InSteps.provenance())[-1][1], ROLE_NAMES)] == [
+            "kept by sight: 1 token",
+            "recovered: 1 token",
+            "discarded, merged into kept tokens: 13 patches",
+            "dropped: 1 patch",
+        ]
+
+    def test_they_stand_in_a_row_after_the_plain_image(self):
+        drawn = draw(InSteps.provenance())
+        side, top = drawing.SMALL_PANEL // 4, drawing.MARGIN + 2 * 32 + 14
+        assert drawn.width == drawing.MARGIN + 4 * (4 * side + drawing.MARGIN)
+        for panel, left in enumerate([range(16), *InSteps.left]):
+            for patch in range(16):
+                x = drawing.MARGIN + panel * (4 * side + drawing.MARGIN) + patch % 4 * side + side // 2
+                (red, *_) = drawn.getpixel((x, top + patch // 4 * side + side // 2))
+                assert red == GREY if patch in left else red < 50
+
+    @pytest.mark.parametrize(("num_steps", "rows"), [(2, 1), (3, 1), (4, 2), (6, 2), (7, 2), (8, 3)])
+    def test_rows_have_four_panels_at_most(self, num_steps, rows):
+        found = InSteps.provenance()
+        found.steps = tuple((f"layer {step}", torch.tensor(InSteps.left[2])) for step in range(num_steps))
+        row = drawing.SMALL_PANEL + 50
+        frame = draw(InSteps.provenance()).height - row
+        assert draw(found).height == frame + rows * row
+
+    def test_a_caption_that_is_wider_than_its_panel_has_room(self):
+        found = InSteps.provenance()
+        found.steps = tuple((f"a step with a very long name, {name}", left) for name, left in found.steps)
+        narrow = draw_compression(grey(columns=1, rows=16), found, "what", "red")
+        assert narrow.width > 3 * 300
+
+
+class TestTiles:
+    @pytest.fixture(params=[(3, 5), (7, 3), (4, 4)])  # height and width in tiles of 2 × 2 patches, pixels are a tenth
+    def grid(self, request) -> TileGrid:
+        size = [10 * length for length in request.param]
+        return tile_grid(size, [[28, 56], [56, 28], [56, 56]], tile_size=28, patch_size=14)
+
+    @pytest.fixture
+    def tiles(self, grid) -> torch.Tensor:
+        """Every patch has its own number as its grey value; one tile more, as in a batch."""
+        numbers = torch.arange(4.0 * (grid.num_tiles + 1)).view(-1, 2, 2) / 255
+        return numbers.repeat_interleave(14, 1).repeat_interleave(14, 2)[None, :, None].expand(-1, -1, 3, -1, -1)
+
+    class ImageProcessor:
+        image_mean, image_std = [0, 0, 0], [1, 1, 1]
+
+    def test_are_put_together_with_their_patches_and_without_padding(self, grid, tiles):
+        seen = seen_image(tiles, self.ImageProcessor, 14, grid)
+        overview, whole = seen.views
+        assert seen.num_patches == 4 * grid.num_tiles
+        assert overview.patches.tolist() == [[0, 1], [2, 3]]
+        assert whole.patches.shape == (grid.bottom - grid.top, grid.right - grid.left)
+        for view in seen.views:
+            assert view.image.size == (14 * view.patches.shape[1], 14 * view.patches.shape[0])
+            for row, numbers in enumerate(view.patches.tolist()):
+                for column, number in enumerate(numbers):
+                    assert view.image.getpixel((14 * column + 7, 14 * row + 7)) == (number,) * 3
+
+    def test_are_drawn_side_by_side_and_the_padding_is_not_counted(self):
+        grid = TileGrid(side=2, rows=2, columns=2, top=1, bottom=3, left=0, right=4)  # half of it is padding
+        pixels = torch.full((1, 5, 3, 28, 28), GREY / 255)
+        found = TokenProvenance(torch.eye(20)[[1, 6]], torch.tensor([1, 1]), ROLE_NAMES)
+        found.steps = (("layer 1", torch.tensor([1, 4, 6])), ("layer 2", torch.tensor([1, 6])))  # 4 is padding
+        seen = seen_image(pixels, self.ImageProcessor, 14, grid)
+        shown = torch.cat([view.patches.flatten() for view in seen.views])
+        panels = drawing._read_panels(found, shown)
+        assert [caption for caption, _ in panels] == ["layer 1: 2 of 12 patches", "layer 2: 2 of 12 patches"]
+        assert [shown[patch] for patch in panels[-1][1].kept[1]] == [1, 6]
+        panel = 2 * drawing.SMALL_PANEL + drawing._GAP
+        assert draw_compression(seen, found, "what", "red").width == 3 * drawing.MARGIN + 2 * panel
+
+    def test_a_newline_is_made_of_no_patch(self):
+        for found in (InSteps.provenance(newlines=3), provenance(kept=[4, 5])):
+            if not found.steps:
+                found.weights = torch.cat([found.weights, torch.zeros(3, 16)])
+                found.roles = torch.cat([found.roles, torch.full((3,), 3)])
+            reading = read(found)[-1][1]
+            assert reading.of_no_patch == {3: 3}
+            assert all(0 not in patches for patches in reading.kept.values())
+            assert drawing._legend(reading, ROLE_NAMES)[-1][-1] == "merged, of no patch: 3 tokens"
+            draw(found)
 
 
 def test_the_image_is_as_the_tower_saw_it():
@@ -106,6 +238,7 @@ def test_the_image_is_as_the_tower_saw_it():
     mean, std = (
         torch.tensor(values)[:, None, None] for values in (ImageProcessor.image_mean, ImageProcessor.image_std)
     )
-    shown = shown_image(((pixels - mean) / std)[None], ImageProcessor)
-    assert shown.size == (5, 4)
-    assert shown.getpixel((2, 1)) == tuple((255 * pixels[:, 1, 2]).round().int().tolist())
+    (view,) = seen_image(((pixels - mean) / std)[None], ImageProcessor, patch_size=2).views
+    assert view.image.size == (4, 4)  # whole patches
+    assert view.patches.tolist() == [[0, 1], [2, 3]]
+    assert view.image.getpixel((2, 1)) == tuple((255 * pixels[:, 1, 2]).round().int().tolist())
