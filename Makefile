@@ -39,7 +39,7 @@ results: $(VENV)/.installed-test
 	test -e lab/results/kept.json || $(BIN)/python -m foveate.lab.kept $(KEPT:%=lab/work/trained/qg-vtc-18%) --json lab/results/kept.json
 	$(BIN)/python -m foveate.evaluation.results
 
-KEPT := -seed0-stage0 -seed0 -slow-seed0 -question-seed0 -question-slow-seed0 -recycle-seed0 -neither-seed0
+KEPT := -seed0-stage0 -seed0 -fast-seed0 -fast-seed1 -question-seed0 -question-fast-seed0 -recycle-seed0 -neither-seed0
 
 benchmark: $(VENV)/.installed-eval
 	$(BIN)/python -m foveate.evaluation.benchmark_compression

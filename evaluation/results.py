@@ -93,7 +93,8 @@ def task_section(task: str, results: list[dict[str, Any]], plot_link: str) -> st
     methods = {result["method"]: None for result in results if result["compression"]}
     notes = [f"Measured with {'; '.join(sorted({_versions(result) for result in results}))}."]
     for method in methods:
-        if common := _common_settings([result for result in results if result["method"] == method]):
+        common = _common_settings([result for result in results if result["method"] == method])
+        if common.keys() - {"method"}:
             notes.append(f"All rows of the method {method} have {_settings(common)}.")
     return "\n".join([f"## {title}\n", f"![{task}]({plot_link})\n", table(results), " ".join(notes) + "\n"])
 

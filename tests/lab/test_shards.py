@@ -1,0 +1,58 @@
+"""Trained methods as shards of the lab's base: what is put together is what was trained."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from foveate import evaluate, lab_folder
+from foveate.lab.experiments import MEASUREMENTS
+from foveate.lab.scenes import draw_scene, sample_scene
+from foveate.lab.shards import compose
+from foveate.lab.trainings import RECIPES, Training, trained_shard
+
+
+SHIPPED = sorted({row.shipped for row in MEASUREMENTS if row.shipped})
+
+
+def logits_of(model, folder):
+    processor = AutoProcessor.from_pretrained(folder)
+    picture = draw_scene(sample_scene("validation", 3))
+    inputs = processor(
+        images=[picture], text=["USER: <image>\nHow many stars are there? ASSISTANT:"], return_tensors="pt"
+    )
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_shard_gives_back_the_trained_model(tmp_path, monkeypatch):
+    import yaml
+    from peft import PeftModel
+
+    recipe = yaml.safe_load((RECIPES / "qg-vtc.yaml").read_text())
+    for stage in recipe["stages"].values():
+        stage.update(batch_size=2, max_steps=2, data="lab:4", workers=0)
+    (tmp_path / "qg-vtc.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr("foveate.lab.trainings.RECIPES", tmp_path)
+    shard = trained_shard(Training("tiny", "qg-vtc", {"num_visual_tokens": 18}), "lab:tiny-llava", tmp_path)
+    out = compose(shard, tmp_path / "tiny")
+    composed = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
+    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny-stage2", dtype=torch.float32)
+    trained = PeftModel.from_pretrained(trained, tmp_path / "tiny-stage2" / "adapter").eval()
+    found, expected = logits_of(composed, out), logits_of(trained, out)
+    assert (found - expected).norm() / expected.norm() < 0.02  # bfloat16
+    untrained = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny-stage0", dtype=torch.float32).eval()
+    assert (logits_of(untrained, out) - expected).norm() > 3 * (found - expected).norm()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_ships_is_small_and_answers(name):
+    """Far above what guessing gives; the measured accuracy is in lab/RESULTS.md."""
+    from foveate.lab.experiments import WEIGHTS
+
+    assert sum(path.stat().st_size for path in (WEIGHTS / name).rglob("*") if path.is_file()) < 1_000_000
+    tokens = int(name.rpartition("-")[2])
+    result = evaluate(f"lab:{name}", limit=60, dtype="float32", progress=False)
+    assert result["mean_visual_tokens"] == tokens
+    assert result["exact_match"]["value"] > 0.6
+    assert lab_folder(name) == lab_folder(name), "put together once a process"
