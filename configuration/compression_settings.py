@@ -26,6 +26,9 @@ class CompressionSettings:
 
     method: ClassVar[str]
 
+    #: Fields that are the shape of weights, which a loaded model can't change.
+    shape_fields: ClassVar[tuple[str, ...]] = ()
+
     num_visual_tokens: int | None = None
 
     def __post_init__(self):
@@ -54,6 +57,20 @@ class CompressionSettings:
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.method, **dataclasses.asdict(self)}
 
+    @classmethod
+    def merge(cls, before: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        """The block of a config with changes to it."""
+        return {**before, **changes}
+
+    @classmethod
+    def budget_of_ratio(cls, keep_ratio: float, config: Any) -> dict[str, Any]:
+        """The settings that keep this share of an image's tokens, in (0, 1]."""
+        return {"num_visual_tokens": max(1, round(keep_ratio * config.num_patches))}
+
+    def count_tokens(self, length: int) -> int:
+        """Tokens of an image that has `length` of them without compression, where that is known beforehand."""
+        return length if self.num_visual_tokens is None else self.num_visual_tokens
+
     def fitted_to(self: Settings, config: Any) -> Settings:
         """These settings with what is `None` filled in where the model's config says it. Raises `ValueError` for what
         the model can't do."""
@@ -70,6 +87,15 @@ def require_positive_int(name: str, value: Any, optional: bool = False) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1{' or null' if optional else ''}, not {value!r}.")
+
+
+def require_ratio(name: str, value: Any, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(
+            f"{name} must be a number above 0 and at most 1{' or null' if optional else ''}, not {value!r}."
+        )
 
 
 def require_bool(name: str, value: Any) -> None:
@@ -110,6 +136,29 @@ class CompressionConfigMixin:
         """Patches of one image, which is also the number of visual tokens without compression."""
         vision = self.vision_config  # type: ignore[attr-defined]
         return (vision.image_size // vision.patch_size) ** 2
+
+    def change_compression(self, keep_ratio: float | None = None, **changes) -> CompressionSettings:
+        """Changes settings of the compression.
+
+        Args:
+            keep_ratio: in (0, 1], sets the budget to this share of an image's tokens.
+            changes: fields of the settings.
+
+        Raises:
+            ValueError: an unknown setting or a value out of range; nothing is changed then.
+        """
+        if keep_ratio is not None:
+            require_ratio("keep_ratio", keep_ratio)
+            changes = {**self.settings_class.budget_of_ratio(keep_ratio, self), **changes}
+        before = self.compression.to_dict()
+        for name in self.settings_class.shape_fields:
+            if changes.get(name, before[name]) != before[name]:
+                raise ValueError(
+                    f"{name} is {before[name]} in this model's weights: for {changes[name]!r} convert the base again."
+                )
+        settings = self.settings_class.from_dict(type(self.compression).merge(before, changes))
+        self.compression = settings.fitted_to(self)
+        return self.compression
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()  # type: ignore[misc]

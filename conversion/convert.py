@@ -74,6 +74,7 @@ def convert(
     method: str = "recoverable",
     text_encoder: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    keep_ratio: float | None = None,
 ) -> Path:
     """Makes a checkpoint of a base model into one with visual token compression.
 
@@ -84,6 +85,7 @@ def convert(
         text_encoder: folder or hub id of the CLIP checkpoint whose text tower reads the question, for methods that do.
             `None` takes the one that the base's vision tower came from, where that is known.
         settings: fields of the config's `compression` block, for instance `{"num_visual_tokens": 64}`.
+        keep_ratio: in (0, 1], sets the budget to this share of an image's tokens.
 
     Returns:
         The absolute path of `out`.
@@ -97,7 +99,7 @@ def convert(
     # Small files first: what they tell need not wait for a download of the weights.
     source, backbone = _open_base(base, method)
     encoder = _open_text_encoder(source, backbone, method, text_encoder)
-    config = _make_config(source, backbone, encoder, {"method": method, **(settings or {})})
+    config = _make_config(source, backbone, encoder, {"method": method, **(settings or {})}, keep_ratio)
     processor = _make_processor(source, backbone, encoder, config)
 
     shards = _read_base_weights(source)
@@ -172,16 +174,23 @@ def _default_text_encoder(base: BaseCheckpoint) -> str:
 
 
 def _make_config(
-    base: BaseCheckpoint, backbone: Backbone, encoder: TextEncoder | None, compression: dict[str, Any]
+    base: BaseCheckpoint,
+    backbone: Backbone,
+    encoder: TextEncoder | None,
+    compression: dict[str, Any],
+    keep_ratio: float | None,
 ) -> Any:
     """The compressed model's config; its class checks the settings."""
     fields = {key: value for key, value in base.config_dict.items() if key != "model_type"}
     if encoder:
         fields["question_config"] = encoder.config.to_dict()
     try:
-        return backbone.config_class.from_dict({**fields, "compression": compression})
+        config = backbone.config_class.from_dict({**fields, "compression": compression})
+        if keep_ratio is not None:
+            config.change_compression(keep_ratio)
     except ValueError as error:
         raise FoveateError(first_sentence(error)) from error
+    return config
 
 
 def _make_processor(base: BaseCheckpoint, backbone: Backbone, encoder: TextEncoder | None, config: Any) -> Any:

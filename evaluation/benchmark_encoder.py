@@ -175,7 +175,7 @@ def _ratios(stock: torch.Tensor, compressed: torch.Tensor, config: LlavaQGVTCCon
 
 def _vision_layers(config: LlavaQGVTCConfig) -> tuple[list[VisionLayer], list[VisionLayer]]:
     """All layers by the account, of the stock tower and of the compressed one, the last on the tokens that are left."""
-    running = account(config, num_tiles=1).vision_layers
+    running = account(config, num_tiles=1, length=config.num_patches).vision_layers
     last = VisionLayer.plain(1 + config.compression.num_visual_tokens)
     return list(uncompressed_account(config).vision_layers), [*running, last]
 

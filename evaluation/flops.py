@@ -6,8 +6,9 @@ rotary angles, ranking, gathering) is left out. A causal attention counts as n²
 kernel may skip half. The language model's head runs on one position, as `generate` has it. So account and counter are
 equal, and the tests hold them to that.
 
-What differs by method is in `account_<method>.py` (dashes dropped from the method's name), whose one function
-`account(config, num_tiles)` returns a [`MethodAccount`].
+What differs by method is in `account_<ending>.py`, named by what a `model_type` adds to its backbone's (`qgvtc` of
+`llava_next_qgvtc`), whose one function `account(config, num_tiles, length)` returns a [`MethodAccount`]. `length` is
+the stock model's number of visual tokens of the image.
 
 Table 5 of QG-VTC (9.67 TFLOPs at 576 visual tokens, 3.86 at 144, 2.90 at 72: means of ten TextVQA samples) names
 neither convention nor text lengths. All its cells fit, to 0.2 points, 2 FLOPs a multiply-add, the language model's
@@ -31,9 +32,9 @@ from transformers import AutoConfig
 from ..conversion.checkpoints import find_checkpoint, read_config
 from ..errors import FoveateError, first_sentence
 from ..modeling.compressor_qgvtc import token_schedule
+from ..processing.checked_processor import MAX_ASPECT_RATIO
 from ..processing.image_tiles import TileGrid, tile_grid
-from ..processing.question_processor import MAX_ASPECT_RATIO
-from ..registry import METHODS
+from ..registry import backbones
 from .shapes import config_of_shape
 
 
@@ -69,18 +70,21 @@ class VisionLayer:
 
 @dataclass(frozen=True)
 class MethodAccount:
-    """What a method does with one image before the projector.
+    """What a method does with one image before the language model.
 
     Args:
         vision_layers: the layers of the vision tower that run, each on every tile.
         tokens_per_tile: visual tokens of a tile that reach the projector.
-        compressor: FLOPs of what the method adds to the vision tower, all tiles together.
+        visual_tokens: of the image, after a method that compresses what comes out of the projector; `None`: what the
+            tiles keep, as the backbone packs it.
+        compressor: FLOPs of what the method adds to the stock model, all tiles together.
         text_encoder: FLOPs of reading the question.
         at_most: whether the number of tokens depends on the image, and this is the upper bound.
     """
 
     vision_layers: Sequence[VisionLayer]
     tokens_per_tile: int
+    visual_tokens: int | None = None
     compressor: int = 0
     text_encoder: int = 0
     at_most: bool = False
@@ -203,9 +207,13 @@ def account_of(config: Any, image_size: tuple[int, int], text_tokens: int, uncom
     """
     _require_known_towers(config)
     num_tiles = count_tiles(config, image_size)
-    method = None if uncompressed else _method_of(config)
-    found = _account_module(method).account(config, num_tiles) if method else uncompressed_account(config)
-    visual_tokens = count_visual_tokens(config, image_size, found.tokens_per_tile)
+    found = uncompressed_account(config)
+    if not uncompressed and _method_of(config) is not None:
+        length = count_visual_tokens(config, image_size, found.tokens_per_tile)
+        found = _account_module(config).account(config, num_tiles, length)
+    visual_tokens = found.visual_tokens
+    if visual_tokens is None:
+        visual_tokens = count_visual_tokens(config, image_size, found.tokens_per_tile)
     num_tokens = text_tokens + visual_tokens
     return Account(
         vision_tower=num_tiles * vision_tower_flops(config.vision_config, found.vision_layers),
@@ -353,25 +361,24 @@ def _config_of(checkpoint: str | Path | None, settings: dict[str, Any]) -> Any:
         return config
     if _method_of(config) is None:
         raise FoveateError(f"{checkpoint} doesn't compress, so there is no {', '.join(settings)} to set.")
-    config.compression = config.settings_class.from_dict({**config.compression.to_dict(), **settings}).fitted_to(config)
+    config.change_compression(**settings)
     return config
 
 
 def _method_of(config: Any) -> str | None:
-    """Name of the method, by the registry; `None` for a stock model."""
-    for method in METHODS.values():
-        if config.model_type in [backbone.model_type for backbone in method.backbones]:
-            return method.name
-    return None
+    """Name of the method; `None` for a stock model. Not by `model_type`, which methods may share."""
+    return getattr(getattr(config, "compression", None), "method", None)
 
 
-def _account_module(method: str) -> Any:
-    name = f"{__package__}.account_{method.replace('-', '')}"
+def _account_module(config: Any) -> Any:
+    (backbone,) = [backbone for backbone in backbones() if backbone.model_type == config.model_type]
+    name = f"{__package__}.account_{backbone.model_type.removeprefix(f'{backbone.base_model_type}_')}"
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
+        method = _method_of(config)
         raise FoveateError(f"What the method '{method}' costs is not accounted for: there is no {name}.") from error
 
 

@@ -134,6 +134,10 @@ def convert(
         str | None, typer.Option(metavar="CLIP", help="CLIP checkpoint that reads the question; known for most bases.")
     ] = None,
     num_visual_tokens: NumVisualTokens = None,
+    keep_ratio: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="Share of an image's visual tokens to keep, above 0 and at most 1."),
+    ] = None,
     settings: Settings = None,
 ) -> None:
     """Make a checkpoint with visual token compression from a base model's.
@@ -141,12 +145,14 @@ def convert(
     OUT loads with Transformers alone (trust_remote_code=True). It appears when it is complete, or not at all.
     """
     changes = parse_settings(settings)
+    if num_visual_tokens is not None and keep_ratio is not None:
+        raise FoveateError("--num-visual-tokens and --keep-ratio both set the budget: give one of them.")
     if num_visual_tokens is not None:
         changes["num_visual_tokens"] = num_visual_tokens
     _quiet()
     from .conversion.convert import convert as convert_checkpoint
 
-    written = convert_checkpoint(base, out, method, text_encoder, changes)
+    written = convert_checkpoint(base, out, method, text_encoder, changes, keep_ratio)
     typer.echo(f"Wrote {written} ({_size_of(written)}).")
 
 

@@ -62,6 +62,8 @@ class Method:
     backbones: tuple[Backbone, ...]
 
 
+_METACOMPRESS = "https://arxiv.org/abs/2603.21701"
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -82,10 +84,39 @@ METHODS: dict[str, Method] = {
                 Backbone("llava_next", "llava_next_qgvtc", "LlavaNextQGVTC", "LLaVA-NeXT"),
             ),
         ),
+        Method(
+            name="metacompress",
+            title="MetaCompress",
+            paper=_METACOMPRESS,
+            needs_training=True,
+            backbones=(
+                Backbone("llava", "llava_metacompress", "LlavaMetaCompress", "LLaVA-1.5"),
+                Backbone("llava_next", "llava_next_metacompress", "LlavaNextMetaCompress", "LLaVA-NeXT"),
+            ),
+        ),
+        *[
+            Method(
+                name=name,
+                title=title,
+                paper=_METACOMPRESS,
+                needs_training=False,
+                backbones=(
+                    Backbone("llava", "llava_baseline", "LlavaBaseline", "LLaVA-1.5"),
+                    Backbone("llava_next", "llava_next_baseline", "LlavaNextBaseline", "LLaVA-NeXT"),
+                ),
+            )
+            # The baselines of MetaCompress's paper, which share everything.
+            for name, title in (
+                ("random", "Random pruning"),
+                ("sample", "Equidistant sampling"),
+                ("spatial", "Spatial pooling"),
+            )
+        ],
     )
 }
 
 
 def backbones() -> list[Backbone]:
-    """All (method, backbone) pairs' classes."""
-    return [backbone for method in METHODS.values() for backbone in method.backbones]
+    """Every set of classes, once: methods may share one."""
+    found = {backbone.model_type: backbone for method in METHODS.values() for backbone in method.backbones}
+    return list(found.values())

@@ -189,37 +189,20 @@ def draw_scenes(scenes: list[Scene], augment: bool = False) -> tuple[torch.Tenso
         The pictures, uint8 (batch, 3, 168, 168), and the share of each patch that its object covers,
         float32 (batch, 12, 12).
     """
-    masks, _ = _sprites()
     batch = len(scenes)
-    rows, cells, sprites, tints, affine, bends, weights = [], [], [], [], [], [], []
+    rows, cells, sprites, brushes = [], [], [], []
     pictures = torch.empty(batch, 3, IMAGE_SIZE, IMAGE_SIZE)
     for row, scene in enumerate(scenes):
         random = scene.random(1)
-        pictures[row] = _background(random)
-        for item, sprite in zip(scene.objects, scene.sprites):
-            rows.append(row)
-            cells.append(PLACES.index(item.place))
-            sprites.append(sprite)
-            tints.append(np.array(COLOURS[item.colour]) + random.uniform(-14, 14, 3))
-            affine.append(_jitter(random, 40 if item.kind != "word" else 46))
-            bends.append(random.normal(0, 0.025, (2, 4, 4)) if augment else np.zeros((2, 4, 4)))
-            weights.append(random.uniform(-0.15, 0.15) if augment else 0.0)
-    grid = F.affine_grid(
-        torch.tensor(np.stack(affine), dtype=torch.float32), [len(rows), 1, CELL_SIZE, CELL_SIZE], False
-    )
-    if augment:
-        bend = torch.tensor(np.stack(bends), dtype=torch.float32)
-        grid = grid + F.interpolate(bend, size=CELL_SIZE, mode="bicubic").permute(0, 2, 3, 1)
-    alpha = F.grid_sample(masks[sprites], grid, align_corners=False)[:, 0]  # (objects, 56, 56)
-    if augment:
-        alpha = (alpha + torch.tensor(weights, dtype=torch.float32)[:, None, None] * (alpha > 0.05)).clamp(0, 1)
-
+        pictures[row] = background(random)
+        rows += [row] * len(scene.objects)
+        cells += [PLACES.index(item.place) for item in scene.objects]
+        sprites += scene.sprites
+        brushes += [draw_brush(random, item, augment) for item in scene.objects]
     rows, cells = torch.tensor(rows), torch.tensor(cells)
     tiles = pictures.view(batch, 3, GRID, CELL_SIZE, GRID, CELL_SIZE).permute(0, 2, 4, 1, 3, 5)  # (b, 3, 3, rgb, h, w)
-    tint = torch.tensor(np.stack(tints), dtype=torch.float32)[:, :, None, None]
-    under = tiles[rows, cells // GRID, cells % GRID]
-    shade = 0.75 + 0.25 * under.mean(1, keepdim=True) / 128  # the background's grain shows through a little
-    tiles[rows, cells // GRID, cells % GRID] = under + alpha[:, None] * (tint * shade - under)
+    painted, alpha = paint(tiles[rows, cells // GRID, cells % GRID], sprites, brushes, augment)
+    tiles[rows, cells // GRID, cells % GRID] = painted
 
     side = CELL_SIZE // PATCH_SIZE
     covered = torch.zeros(batch, GRID, GRID, side, side)
@@ -228,11 +211,58 @@ def draw_scenes(scenes: list[Scene], augment: bool = False) -> tuple[torch.Tenso
     return pictures.clamp(0, 255).to(torch.uint8), covered
 
 
-def _background(random: np.random.Generator) -> torch.Tensor:
-    """Dark, slowly varying and grainy, (3, 168, 168) in 0–255."""
-    coarse = torch.tensor(random.uniform(20, 110, (1, 1, 4, 4)) + random.uniform(-12, 12, (1, 3, 1, 1)))
-    smooth = F.interpolate(coarse.float(), size=IMAGE_SIZE, mode="bilinear", align_corners=False)[0]
-    grain = random.integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+@dataclass(frozen=True)
+class Brush:
+    """How one object is drawn: its tint, where its sprite goes, and the changes of its strokes in training."""
+
+    tint: np.ndarray
+    affine: np.ndarray
+    bend: np.ndarray
+    weight: float
+
+
+def draw_brush(random: np.random.Generator, item: SceneObject, augment: bool) -> Brush:
+    """The next brush of a scene's drawing stream."""
+    return Brush(
+        np.array(COLOURS[item.colour]) + random.uniform(-14, 14, 3),
+        _jitter(random, 40 if item.kind != "word" else 46),
+        random.normal(0, 0.025, (2, 4, 4)) if augment else np.zeros((2, 4, 4)),
+        random.uniform(-0.15, 0.15) if augment else 0.0,
+    )
+
+
+def paint(
+    under: torch.Tensor, sprites: list[int], brushes: list[Brush], augment: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cells with their objects over what was `under` them, (objects, 3, 56, 56), and how much of each pixel an object
+    covers, (objects, 56, 56)."""
+    masks, _ = _sprites()
+
+    def stacked(values: list) -> torch.Tensor:
+        return torch.tensor(np.stack(values), dtype=torch.float32)
+
+    affine = stacked([brush.affine for brush in brushes])
+    grid = F.affine_grid(affine, [len(brushes), 1, CELL_SIZE, CELL_SIZE], False)
+    if augment:
+        bend = stacked([brush.bend for brush in brushes])
+        grid = grid + F.interpolate(bend, size=CELL_SIZE, mode="bicubic").permute(0, 2, 3, 1)
+    alpha = F.grid_sample(masks[sprites], grid, align_corners=False)[:, 0]
+    if augment:
+        weight = stacked([brush.weight for brush in brushes])
+        alpha = (alpha + weight[:, None, None] * (alpha > 0.05)).clamp(0, 1)
+    tint = stacked([brush.tint for brush in brushes])[:, :, None, None]
+    shade = 0.75 + 0.25 * under.mean(1, keepdim=True) / 128  # the background's grain shows through a little
+    return under + alpha[:, None] * (tint * shade - under), alpha
+
+
+def background(random: np.random.Generator, rows: int = 1, columns: int = 1) -> torch.Tensor:
+    """Dark, slowly varying and grainy, (3, rows · 168, columns · 168) in 0–255."""
+    size = (rows * IMAGE_SIZE, columns * IMAGE_SIZE)
+    coarse = torch.tensor(
+        random.uniform(20, 110, (1, 1, 4 * rows, 4 * columns)) + random.uniform(-12, 12, (1, 3, 1, 1))
+    )
+    smooth = F.interpolate(coarse.float(), size=size, mode="bilinear", align_corners=False)[0]
+    grain = random.integers(0, 256, (3, *size), dtype=np.uint8)
     return smooth + (torch.from_numpy(grain).float() - 128) * 0.12
 
 

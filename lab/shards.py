@@ -2,7 +2,7 @@
 asked for.
 
 A shard is a folder of `lab/weights/`: `shard.json` (base, method, settings), `trained.safetensors` (the modules that
-trained as a whole, bfloat16) and `adapter/` (low-rank adapters in PEFT's format).
+trained as a whole, bfloat16) and, for a method that trains them, `adapter/` (low-rank adapters in PEFT's format).
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ def write_shard(trained: Path, shard: Path, base: str) -> Path:
     names = [name for file in read_shards(trained) for name in file.tensors if name.partition(".")[0] in modules]
     shard.mkdir(parents=True)
     save_file(read_tensors(trained, names, torch.bfloat16), shard / _TRAINED_FILE, metadata={"format": "pt"})
-    (shard / _ADAPTER).mkdir()
-    adapter = {
-        name: tensor.bfloat16() for name, tensor in load_file(trained / _ADAPTER / "adapter_model.safetensors").items()
-    }
-    save_file(adapter, shard / _ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
-    adapter_config = json.loads((trained / _ADAPTER / "adapter_config.json").read_text(encoding="utf-8"))
-    adapter_config["base_model_name_or_path"] = base
-    (shard / _ADAPTER / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
+    if (trained / _ADAPTER).is_dir():
+        _write_adapter(trained / _ADAPTER, shard / _ADAPTER, base)
     compression = json.loads((trained / "config.json").read_text(encoding="utf-8"))["compression"]
     content = {"base": base, "compression": compression}
     (shard / SHARD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return shard
+
+
+def _write_adapter(trained: Path, folder: Path, base: str) -> None:
+    folder.mkdir()
+    adapter = {name: tensor.bfloat16() for name, tensor in load_file(trained / "adapter_model.safetensors").items()}
+    save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @functools.lru_cache
@@ -67,13 +70,7 @@ def compose(shard: Path, out: Path) -> Path:
     from transformers import AutoModelForImageTextToText
 
     from ..conversion.convert import convert
-    from ..errors import FoveateError
-
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise FoveateError(f"{shard.name} needs PEFT, which is not installed: pip install 'foveate[train]'.") from error
-    from ..training.train import copy_small_files, merge_lora
+    from ..training.train import copy_small_files
 
     content = json.loads((shard / SHARD_FILE).read_text(encoding="utf-8"))
     compression = dict(content["compression"])
@@ -85,8 +82,20 @@ def compose(shard: Path, out: Path) -> Path:
     with torch.no_grad():
         for name, tensor in load_file(shard / _TRAINED_FILE).items():
             parameters[name].copy_(tensor)
-    model = merge_lora(PeftModel.from_pretrained(model, shard / _ADAPTER))
+    if (shard / _ADAPTER).is_dir():
+        model = _with_adapter(model, shard)
     model.save_pretrained(out)
     copy_small_files(converted, out)
     shutil.rmtree(converted)
     return out
+
+
+def _with_adapter(model, shard: Path):
+    from ..errors import FoveateError
+    from ..training.train import merge_lora
+
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise FoveateError(f"{shard.name} needs PEFT, which is not installed: pip install 'foveate[train]'.") from error
+    return merge_lora(PeftModel.from_pretrained(model, shard / _ADAPTER))

@@ -97,6 +97,12 @@ def image_features_output(tokens_per_image: list[torch.Tensor]):
     return BaseModelOutputWithPooling(pooler_output=tokens_per_image)
 
 
+def stock_image_sequences(stock_class: type, model: nn.Module, **images) -> list[torch.Tensor]:
+    """The visual tokens that a stock class gives a model of each image, (tokens, width): the other way round."""
+    features = stock_class.get_image_features(model, **images)
+    return list(getattr(features, "pooler_output", features))
+
+
 def checkpoints_activations(model: nn.Module) -> bool:
     """Whether gradient checkpointing is on; the newest 5.x give it another name."""
     name = "is_activation_checkpointing"

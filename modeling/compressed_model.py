@@ -84,19 +84,13 @@ class CompressedModelMixin:
 
         Args:
             processor: the processor that goes with this model; it has to know as well where it counts tokens.
-            keep_ratio: sets `num_visual_tokens` to this share of an image's patches, in (0, 1].
+            keep_ratio: the share of an image's tokens to keep, in (0, 1]; sets the budget.
             changes: fields of the config's `compression` block, for instance `num_visual_tokens=64`.
 
         Raises:
             ValueError: an unknown setting or a value out of range; nothing is changed then.
         """
-        config = self.config  # type: ignore[attr-defined]
-        if keep_ratio is not None:
-            if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio <= 1:
-                raise ValueError(f"keep_ratio must be a number above 0 and at most 1, not {keep_ratio!r}.")
-            changes["num_visual_tokens"] = max(1, round(keep_ratio * config.num_patches))
-        settings = config.settings_class.from_dict({**config.compression.to_dict(), **changes})
-        config.compression = settings = settings.fitted_to(config)
+        settings = self.config.change_compression(keep_ratio, **changes)  # type: ignore[attr-defined]
         if processor is not None:
             processor.set_compression(settings)
 

@@ -8,7 +8,7 @@ happens inside `get_image_features`, which is the door that pre-encoding and ser
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -41,6 +41,9 @@ class CompressedImages:
 class ExactCountModelMixin(CompressedModelMixin):
     """Mixed into a model without a head, before the Transformers class."""
 
+    #: Inputs of `compress_images` that images come in.
+    visual_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
     def compress_images(self, pixel_values: torch.Tensor, *, trace: bool = False, **images) -> CompressedImages:
         """Encodes and compresses images.
 
@@ -69,14 +72,15 @@ class ExactCountModelMixin(CompressedModelMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of input_ids and inputs_embeds.")
         encoded = (mm_encoder_outputs or {}).get("image")
-        if encoded is not None and images["pixel_values"] is not None:
+        has_images = any(images[name] is not None and len(images[name]) > 0 for name in self.visual_inputs)
+        if encoded is not None and has_images:
             raise ValueError("Pass pixel_values or mm_encoder_outputs, not both.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         tokens = provenance = None
         if encoded is not None:
             tokens = torch.cat(list(encoded.pooler_output))
-        elif images["pixel_values"] is not None and len(images["pixel_values"]) > 0:
+        elif has_images:
             compressed = self.compress_images(**images, trace=output_compression)
             tokens, provenance = compressed.tokens, compressed.provenance
         if tokens is not None:

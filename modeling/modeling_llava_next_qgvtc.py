@@ -13,12 +13,11 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import LlavaNextPreTrainedModel
 
 from ..configuration.configuration_llava_next_qgvtc import LlavaNextQGVTCConfig
-from ..processing.image_tiles import TileGrid, tile_grid
 from .compatibility import register_key_mapping
 from .compressed_model import TokenProvenance
 from .exact_count import CompressedImages
 from .modeling_qgvtc import ROLE_NAMES, QGVTCGenerationMixin, QGVTCModelMixin
-from .tile_layout import TileLayout
+from .tile_layout import TileLayout, tile_grid_of
 
 
 class LlavaNextQGVTCModel(QGVTCModelMixin, LlavaNextModel):
@@ -48,7 +47,7 @@ class LlavaNextQGVTCModel(QGVTCModelMixin, LlavaNextModel):
             question_input_ids, question_attention_mask: (images, 77), from the processor.
             trace: whether to say what the tokens are made of.
         """
-        layout = TileLayout([self.tile_grid(size) for size in image_sizes.tolist()], pixel_values.device)
+        layout = TileLayout([tile_grid_of(self.config, size) for size in image_sizes.tolist()], pixel_values.device)
         tiles = pixel_values.flatten(0, 1)[layout.rows_of_tiles(pixel_values.shape[1])]
         encoded = self._encode_images(
             tiles,
@@ -64,11 +63,6 @@ class LlavaNextQGVTCModel(QGVTCModelMixin, LlavaNextModel):
         counts = [grid.num_tokens(self.config.compression.num_visual_tokens) for grid in layout.grids]
         provenance = self._provenance(layout, encoded, order, counts) if trace else None
         return CompressedImages(torch.cat([tokens, newlines])[order], counts, provenance)
-
-    def tile_grid(self, image_size: list[int]) -> TileGrid:
-        """The grid of tiles of an image of (height, width) pixels."""
-        vision = self.config.vision_config
-        return tile_grid(image_size, self.config.image_grid_pinpoints, vision.image_size, vision.patch_size)
 
     def _provenance(self, layout, encoded, order, counts) -> list[TokenProvenance]:
         """Of every image; its patches are those of all its tiles, tile after tile. A newline is made of none."""
@@ -101,7 +95,7 @@ class LlavaNextQGVTCForConditionalGeneration(QGVTCGenerationMixin, LlavaNextForC
 
     def count_placeholders(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
         number = self.config.compression.num_visual_tokens
-        counts = [self.model.tile_grid(size).num_tokens(number) for size in images["image_sizes"].tolist()]
+        counts = [tile_grid_of(self.config, size).num_tokens(number) for size in images["image_sizes"].tolist()]
         return torch.tensor(counts, device=images["pixel_values"].device)
 
 

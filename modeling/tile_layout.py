@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from ..processing.image_tiles import TileGrid
+from ..processing.image_tiles import TileGrid, tile_grid
+
+
+def tile_grid_of(config: Any, image_size: Sequence[int]) -> TileGrid:
+    """The grid of tiles of an image of (height, width) pixels, by the config of a LLaVA-NeXT."""
+    vision = config.vision_config
+    return tile_grid(image_size, config.image_grid_pinpoints, vision.image_size, vision.patch_size)
 
 
 class TileLayout:

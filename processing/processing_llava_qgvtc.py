@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from transformers import LlavaProcessor
 
+from .placeholder_count import LlavaExactCountMixin
 from .question_processor import QuestionProcessorMixin
 
 
-class LlavaQGVTCProcessor(QuestionProcessorMixin, LlavaProcessor):
+class LlavaQGVTCProcessor(QuestionProcessorMixin, LlavaExactCountMixin, LlavaProcessor):
     """`LlavaProcessor` that writes as many placeholders as an image has tokens after compression, and that also
     tokenizes the question that guides it: the last user turn's, for all images of a prompt.
 
@@ -43,13 +44,6 @@ class LlavaQGVTCProcessor(QuestionProcessorMixin, LlavaProcessor):
             image_token=image_token,
             num_additional_image_tokens=num_additional_image_tokens,
         )
-
-    def set_compression(self, settings) -> None:
-        """Takes the number of placeholders from a model's compression settings."""
-        crop = self.image_processor.crop_size
-        num_patches = (crop["height"] // self.patch_size) * (crop["width"] // self.patch_size)
-        class_token = 1  # the stock formula takes it off again
-        self.num_additional_image_tokens = settings.num_visual_tokens - num_patches + class_token
 
 
 __all__ = ["LlavaQGVTCProcessor"]

@@ -7,19 +7,18 @@ import os
 import re
 from typing import Any, ClassVar
 
-import numpy as np
-from PIL import Image
 from transformers import AutoTokenizer
 from transformers.utils import logging
+
+from .checked_processor import CheckedProcessorMixin
 
 
 logger = logging.get_logger(__name__)
 
 QUESTION_TOKENIZER_FOLDER = "question_tokenizer"
-MAX_ASPECT_RATIO = 100
 
 
-class QuestionProcessorMixin:
+class QuestionProcessorMixin(CheckedProcessorMixin):
     """Mixed into a processor, before the Transformers class.
 
     Which question guides an image is read from the prompt, by the rule of the method (`guiding_turn`); `question=` says
@@ -48,19 +47,9 @@ class QuestionProcessorMixin:
             ValueError: images and placeholders that differ in number, an image without a question, an image that is
                 too narrow to be seen.
         """
-        if text is None:
-            raise ValueError("The question guides the compression: pass `text` with the prompt beside `images`.")
-        prompts = [text] if isinstance(text, str) else list(text)
-        images = _flatten(images)
-        num_images = [prompt.count(self.image_token) for prompt in prompts]
-        if sum(num_images) != len(images):
-            raise ValueError(
-                f"The prompts have {sum(num_images)} {self.image_token} placeholder(s) for {len(images)} image(s): "
-                f"write one {self.image_token} for every image."
-            )
-        images = [_readable(image) for image in images]
+        images, prompts, num_images = self._check_inputs(images, text)
         questions = self._questions(prompts, num_images, question)
-        output = super().__call__(images=images or None, text=prompts, **kwargs)
+        output = self._call_stock(images, prompts, **kwargs)
         if questions:
             tokens = self._tokenize_questions(questions, kwargs.get("return_tensors") or _return_tensors(kwargs))
             output.update({f"question_{name}": tokens[name] for name in ("input_ids", "attention_mask")})
@@ -190,30 +179,3 @@ def _return_tensors(kwargs: dict[str, Any]):
 def common_start(first: str, second: str) -> str:
     """The beginning that two texts share."""
     return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
-
-
-def _flatten(images) -> list:
-    if images is None:
-        return []
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    return [image for item in images for image in _flatten(item) if image is not None]
-
-
-def _readable(image):
-    """8-bit RGB as the image processor expects it. Raises `ValueError` for a picture that nothing could be seen in."""
-    if not isinstance(image, Image.Image):
-        return image
-    width, height = image.size
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(
-            f"The image is {width} × {height} pixels; beyond {MAX_ASPECT_RATIO} : 1 nothing is left of it after "
-            "resizing and cropping: crop it first."
-        )
-    if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip, not scale
-        values = np.asarray(image)
-        image = Image.fromarray((values // 257 if values.max() > 255 else values).astype(np.uint8))
-    image = image.convert("RGB") if image.mode != "RGB" else image
-    if min(width, height) < 4:  # 4.57's image processor takes 1 or 3 rows for channels
-        image = image.resize((4 * width, 4 * height), Image.Resampling.NEAREST)
-    return image

@@ -1,12 +1,14 @@
-"""What training reads: files in LLaVA's JSON format, or the lab's scenes, as examples of one question and one answer.
+"""What training reads: files in LLaVA's JSON format, or the lab's scenes, as examples of a dialogue about an image.
 
 A sample of a LLaVA file is an image and a dialogue about it. A question-guided method compresses an image for one
 question, so every (question, answer) pair becomes an example of its own, with the image ("one question per image", the
-paper's split). [`Collator`] makes batches of them, in which the prompt is what generation sees, token for token.
+paper's split); where no question guides, a dialogue stays whole. [`Collator`] makes batches of them, in which the
+prompt is what generation sees, token for token.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -22,31 +24,48 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import FoveateError
 from ..lab.language import TYPE_SHARES
-from ..lab.scenes import QUESTION_TYPES, ask_questions, describe, draw_scenes, sample_scene
+from ..lab.large_scenes import draw_large_scene
+from ..lab.scenes import QUESTION_TYPES, Scene, ask_questions, describe, draw_scenes, sample_scene
 from .recipe import StageRecipe
 
 
 IMAGE_TOKEN = "<image>"  # in LLaVA's files, whatever a model's own placeholder is
-LAB, LAB_SCENES = "lab", 8192
+LAB_SCENES = 8192
+DIALOGUE_TURNS = 6
 _LAB_SEED = 2  # the scenes that the lab's base model was trained with
 _IMAGES_CHECKED = 1000
 _IGNORED = -100
 
 
+def _small_pictures(scene: Scene) -> Image.Image:
+    pictures, _ = draw_scenes([scene], augment=True)
+    return Image.fromarray(pictures[0].permute(1, 2, 0).numpy())
+
+
+def _large_pictures(scene: Scene) -> Image.Image:
+    return draw_large_scene(scene, augment=True)
+
+
+#: How the lab's scenes are drawn, by what `data` in a recipe calls them.
+LAB_PICTURES = {"lab": _small_pictures, "lab-next": _large_pictures}
+
+
 @dataclass(frozen=True)
 class Example:
-    """One question and its answer.
+    """A question and its answer, and what is then asked of the same images.
 
     Args:
         name: where it comes from, for error messages.
         question, answer: texts, without placeholders.
         images: what it is about; empty for text alone.
+        later: further questions and answers.
     """
 
     name: str
     question: str
     answer: str
     images: tuple[Image.Image, ...]
+    later: tuple[tuple[str, str], ...] = ()
 
 
 #: Stands in a batch that has no image, with nothing learned from it: so that what trains gets a gradient, of zeros, in
@@ -55,20 +74,23 @@ _BLANK = Example("a blank image", "?", "-", (Image.new("RGB", (64, 64)),))
 
 
 class LabExamples(Dataset):
-    """The lab's training scenes with a description or a question each, other words every time a scene returns.
+    """The lab's training scenes with a description, a question or a dialogue each, other words every time a scene
+    returns.
 
     Example `position` is about scene `position % len(self)`, in its round `position // len(self)`; it is a pure
     function of position and seed.
 
     Args:
         number: of scenes.
-        examples: "descriptions" or "questions".
+        examples: "descriptions", "questions", or "dialogues" of `DIALOGUE_TURNS` questions.
         seed: chooses the words.
+        pictures: in `LAB_PICTURES`.
     """
 
-    def __init__(self, number: int, examples: str, seed: int):
-        self.number, self.examples, self.seed = number, examples, seed
-        self.summary = f"{number} scenes of the lab, {examples}"
+    def __init__(self, number: int, examples: str, seed: int, pictures: str = "lab"):
+        self.number, self.examples, self.seed, self.pictures = number, examples, seed, pictures
+        kind = "larger scenes" if pictures != "lab" else "scenes"
+        self.summary = f"{number} {kind} of the lab, {examples}"
 
     def __len__(self) -> int:
         return self.number
@@ -78,27 +100,28 @@ class LabExamples(Dataset):
         scene = sample_scene("train", index, seed=_LAB_SEED)
         stream = 10_000 * (self.seed + 1) + 2 * epoch  # streams of no other use of the scenes
         if self.examples == "descriptions":
-            asked = describe(scene, stream)
+            asked = [describe(scene, stream)]
         else:
-            kind = scene.random(stream + 1).choice(len(QUESTION_TYPES), p=TYPE_SHARES)
-            asked = ask_questions(scene, [QUESTION_TYPES[int(kind)]], stream)[0]
-        pictures, _ = draw_scenes([scene], augment=True)
-        picture = Image.fromarray(pictures[0].permute(1, 2, 0).numpy())
-        return Example(f"scene {index}", asked.question, asked.answer, (picture,))
+            number = DIALOGUE_TURNS if self.examples == "dialogues" else 1
+            kinds = scene.random(stream + 1).choice(len(QUESTION_TYPES), size=number, p=TYPE_SHARES)
+            asked = ask_questions(scene, [QUESTION_TYPES[int(kind)] for kind in kinds], stream)
+        first, later = asked[0], tuple((qa.question, qa.answer) for qa in asked[1:])
+        return Example(f"scene {index}", first.question, first.answer, (LAB_PICTURES[self.pictures](scene),), later)
 
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A question and its answer as they stand in a file; `sample` is the sample's place in the file."""
+    """A question, its answer and what follows as they stand in a file; `sample` is the sample's place in the file."""
 
     sample: int
     question: str
     answer: str
     images: tuple[str, ...]
+    later: tuple[tuple[str, str], ...] = ()
 
 
 class LlavaExamples(Dataset):
-    """A JSON file in LLaVA's format, one example a (question, answer) pair.
+    """A JSON file in LLaVA's format, one example a (question, answer) pair or a whole dialogue.
 
     The file is a list of `{"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, …]}`.
     The first human turn has an `<image>`, at its beginning or end. As LLaVA's own reader does, an answer that nobody
@@ -110,13 +133,21 @@ class LlavaExamples(Dataset):
         keep_text_only: keep samples that have no image.
         skip_missing: leave samples out whose image is missing; else that is an error, for the first 1000 examples
             now, for later ones when they are read.
+        dialogues: whether a dialogue stays whole.
 
     Raises:
         FoveateError: no such file or folder, no JSON, no list of samples, a sample without conversations or with
             speakers out of order, placeholders and images that differ in number, a missing image.
     """
 
-    def __init__(self, path: Path, images: Path, keep_text_only: bool = False, skip_missing: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        images: Path,
+        keep_text_only: bool = False,
+        skip_missing: bool = False,
+        dialogues: bool = False,
+    ):
         self.path, self.images = path, images
         self._left_out: Counter[str] = Counter()
         samples = _read_samples(path)
@@ -124,6 +155,8 @@ class LlavaExamples(Dataset):
         self.pairs = [
             pair for index, sample in enumerate(samples) for pair in self._pairs(index, sample, keep_text_only)
         ]
+        if dialogues:
+            self.pairs = [_as_one(list(group)) for _, group in itertools.groupby(self.pairs, lambda pair: pair.sample)]
         self._check_images(skip_missing)
         if not self.pairs:
             raise FoveateError(f"{path} has no example to train on ({self.summary}).")
@@ -140,7 +173,8 @@ class LlavaExamples(Dataset):
     def __getitem__(self, position: int) -> Example:
         pair = self.pairs[position % len(self.pairs)]
         name = self._name(pair.sample)
-        return Example(name, pair.question, pair.answer, tuple(self._open(file, name) for file in pair.images))
+        images = tuple(self._open(file, name) for file in pair.images)
+        return Example(name, pair.question, pair.answer, images, pair.later)
 
     def leave_out_long(self, collator: Collator) -> None:
         """Leaves examples out whose prompt alone is too long for a sequence."""
@@ -239,20 +273,28 @@ class LlavaExamples(Dataset):
             raise FoveateError(f"{name}: the image {path} can't be read ({error}).") from error
 
 
+def _as_one(pairs: list[_Pair]) -> _Pair:
+    """The pairs of a dialogue, put together again."""
+    return dataclasses.replace(pairs[0], later=tuple((pair.question, pair.answer) for pair in pairs[1:]))
+
+
 def open_data(stage: StageRecipe) -> LabExamples | LlavaExamples:
     """The examples that a stage's recipe names. Raises `FoveateError`."""
     name, colon, number = stage.data.partition(":")
-    if name == LAB:
+    if name in LAB_PICTURES:
         if colon and (not number.isdecimal() or int(number) < 1):
-            raise FoveateError(f"{stage.data} is no number of scenes: write lab:NUMBER, for instance lab:{LAB_SCENES}.")
-        return LabExamples(int(number) if colon else LAB_SCENES, stage.lab_examples, stage.seed)
+            raise FoveateError(
+                f"{stage.data} is no number of scenes: write {name}:NUMBER, for instance {name}:{LAB_SCENES}."
+            )
+        examples = "dialogues" if stage.dialogues else stage.lab_examples
+        return LabExamples(int(number) if colon else LAB_SCENES, examples, stage.seed, name)
     path = Path(stage.data).expanduser()
     images = Path(stage.images).expanduser() if stage.images is not None else path.parent
     if not path.is_file():
         raise FoveateError(f"There is no file {path}: --data takes a JSON file in LLaVA's format, lab or lab:NUMBER.")
     if not images.is_dir():
         raise FoveateError(f"There is no folder {images}: --images names the one that image paths begin in.")
-    return LlavaExamples(path, images, stage.keep_text_only, stage.skip_missing)
+    return LlavaExamples(path, images, stage.keep_text_only, stage.skip_missing, stage.dialogues)
 
 
 def _read_samples(path: Path) -> list[Any]:
@@ -311,22 +353,23 @@ class Collator:
         """
         if not any(example.images for example in examples):
             examples = [*examples, _BLANK]
-        prompts = [self.prompt(example) for example in examples]
-        inputs = self._encode(examples, prompts)
+        inputs = self._encode(examples, [self.prompt(example) for example in examples])
         mask = inputs.pop("attention_mask").bool()
-        answers = self._answer_tokens(prompts, [example.answer for example in examples])
+        continuations = self._continuations(examples)
         rows, labels = [], []
-        for example, ids, real, answer in zip(examples, inputs.pop("input_ids"), mask, answers):
+        for example, ids, real, continuation in zip(examples, inputs.pop("input_ids"), mask, continuations):
             ids = ids[real]
             if len(ids) >= self.max_length:
                 raise FoveateError(
                     f"{example.name}: the prompt has {len(ids)} tokens, which leaves nothing of "
                     f"max_length={self.max_length} for the answer: raise it."
                 )
-            answer = torch.tensor(answer[: self.max_length - len(ids)])
-            rows.append(torch.cat([ids, answer]))
-            learned = answer if example is not _BLANK else torch.full_like(answer, _IGNORED)
-            labels.append(torch.cat([torch.full_like(ids, _IGNORED), learned]))
+            pieces = [(torch.tensor(tokens, dtype=ids.dtype), learned) for tokens, learned in continuation]
+            rows.append(torch.cat([ids, *(tokens for tokens, _ in pieces)])[: self.max_length])
+            learned = [
+                t if learned and example is not _BLANK else torch.full_like(t, _IGNORED) for t, learned in pieces
+            ]
+            labels.append(torch.cat([torch.full_like(ids, _IGNORED), *learned])[: self.max_length])
         pad = torch.nn.utils.rnn.pad_sequence
         padding = self.processor.tokenizer.pad_token_id
         return {
@@ -365,40 +408,65 @@ class Collator:
             raise FoveateError(f"{', '.join(example.name for example in examples)}: {error}") from error
         return dict(inputs)
 
-    def _answer_tokens(self, prompts: list[str], answers: list[str]) -> list[list[int]]:
-        """The tokens that generation has to continue each prompt with, end of sequence included."""
+    def _continuations(self, examples: Sequence[Example]) -> list[list[tuple[list[int], bool]]]:
+        """What follows each example's prompt, in pieces: the tokens that generation has to continue with, end of
+        sequence included (learned), and the next question as its prompt has it (not learned), in turn."""
+        texts = [self._pieces(example) for example in examples]
         tokenizer = self.processor.tokenizer
-        completions = [f"{self._before}{answer}{self._after}" for answer in answers]
-        begun = tokenizer(prompts)["input_ids"]
-        whole = tokenizer([prompt + text for prompt, text in zip(prompts, completions)])["input_ids"]
-        tokens = []
-        for start, all_ids, text in zip(begun, whole, completions):
-            if all_ids[: len(start)] == start:
-                tokens.append(all_ids[len(start) :])
-            else:  # the prompt's last token would have swallowed something: generation can't undo it
-                tokens.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return tokens
+        whole = iter(tokenizer([text for pieces in texts for text in itertools.accumulate(pieces)])["input_ids"])
+        found = []
+        for pieces in texts:
+            before, continuation = next(whole), []
+            for index, piece in enumerate(pieces[1:]):
+                tokens = next(whole)
+                if tokens[: len(before)] == before:
+                    new = tokens[len(before) :]
+                else:  # the last token before would have swallowed something: generation can't undo it
+                    new = tokenizer(piece, add_special_tokens=False)["input_ids"]
+                continuation.append((new, index % 2 == 0))
+                before = tokens
+            found.append(continuation)
+        return found
+
+    def _pieces(self, example: Example) -> list[str]:
+        """A dialogue as text: the first prompt, then answers and questions in turn; they begin with an answer."""
+        turns = [self._user_turn(example.question, len(example.images))]
+        pieces = [self._render(turns, add_generation_prompt=True)]
+        answers = [example.answer, *(answer for _, answer in example.later)]
+        for answer, asked in itertools.zip_longest(answers, [question for question, _ in example.later]):
+            is_last = asked is None
+            end = self._after or ("" if not is_last else self.processor.tokenizer.eos_token)
+            pieces.append(f"{self._before}{answer}{end}")
+            if not is_last:
+                turns.append(self._assistant_turn(answer))
+                closed = self._render(turns, add_generation_prompt=False)
+                turns.append(self._user_turn(asked, 0))
+                prompt = self._render(turns, add_generation_prompt=True)
+                pieces.append(prompt[len(closed.rstrip()) :])
+        return pieces
 
     def _answer_frame(self) -> tuple[str, str]:
-        """What the chat template writes before an answer and after it, with an end of sequence in any case."""
+        """What the chat template writes before an answer and after it."""
         word = "an-answer"
         user = self._user_turn("a question", 0)
-        assistant = {"role": "assistant", "content": [{"type": "text", "text": word}]}
         prompt = self._render([user], add_generation_prompt=True)
-        whole = self._render([user, assistant], add_generation_prompt=False)
+        whole = self._render([user, self._assistant_turn(word)], add_generation_prompt=False)
         before, found, after = whole[len(prompt) :].partition(word)
         if not whole.startswith(prompt) or not found:
             raise FoveateError(
                 "The checkpoint's chat template doesn't write an answer right after the prompt that generation "
                 "begins with, so nothing could be learned from it: correct chat_template.jinja."
             )
-        after = after.rstrip()
-        return before, after or self.processor.tokenizer.eos_token
+        return before, after.rstrip()
 
     def _render(self, conversation: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         return self.processor.apply_chat_template(
             conversation, add_generation_prompt=add_generation_prompt, tokenize=False
         )
+
+    @staticmethod
+    def _assistant_turn(answer: str) -> dict[str, Any]:
+        return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
 
     def _user_turn(self, question: str, num_images: int) -> dict[str, Any]:
         pictures = [{"type": "image"}] * num_images

@@ -24,7 +24,8 @@ RECIPES = Path(__file__).with_name("recipes")
 #: The file that lies in a trained checkpoint.
 RECIPE_FILE = "training_recipe.yaml"
 
-SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+SCHEDULES = ("cosine", "linear", "constant_with_warmup", "constant")
+OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 PRECISIONS = ("bf16", "fp32")
 LAB_EXAMPLES = ("descriptions", "questions")
 
@@ -54,6 +55,27 @@ class LoraRecipe:
 
 
 @dataclass(frozen=True)
+class DistillationRecipe:
+    """The objective of MetaCompress (Eq. 10): to answer as the same model does without compression.
+
+    Args:
+        prediction: weight of the divergence of the answers' distributions.
+        entropy: weight of the mean entropy of a compression matrix's rows (α_entropy).
+        collapse: weight of the largest sum of its columns (α_collapse).
+    """
+
+    prediction: float = 1.0
+    entropy: float = 1.0
+    collapse: float = 1.0
+
+    def __post_init__(self):
+        for name in ("prediction", "entropy", "collapse"):
+            _number(self, name, least=0)
+        if self.prediction == self.entropy == self.collapse == 0:
+            raise ValueError("prediction, entropy and collapse are all 0: there would be nothing to learn from.")
+
+
+@dataclass(frozen=True)
 class StageRecipe:
     """One stage of training.
 
@@ -62,17 +84,22 @@ class StageRecipe:
         learning_rate: peak rates by the part of the model that trains ("multi_modal_projector"); all else is frozen.
         batch_size: examples a device and step.
         lora: adapters that train as well.
-        data: `lab`, `lab:NUMBER` (of scenes) or a JSON file in LLaVA's format.
+        distillation: learn from the uncompressed model's answers in place of those in the data.
+        data: `lab`, `lab:NUMBER` (of scenes), `lab-next` (larger scenes) or a JSON file in LLaVA's format.
         images: the folder that the file's image paths begin in; the file's own, if `None`.
         lab_examples: what is learned about the lab's scenes.
+        dialogues: an example is a whole dialogue; else every question with its answer is one, with the image.
         keep_text_only: train on samples without an image too; else they are left out.
         skip_missing: leave samples out whose image file is not there, instead of refusing to start.
         epochs: passes over the data, where `max_steps` doesn't say otherwise.
         max_steps: steps of the optimizer.
         gradient_accumulation: batches a step.
+        optimizer: "adamw" or "sgd".
         schedule: of the learning rates, after a linear warm-up.
         warmup_ratio: its share of all steps.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
+        max_grad_norm: longer gradients are shortened to this; `null`: none are.
+        max_grad_value: every entry of a gradient is cut to this, from both sides; `null`: none is.
         max_length: longest sequence in tokens, visual ones among them; longer answers are cut.
         precision: "bf16" computes in bfloat16 and keeps what trains in float32; "fp32" does all in float32.
         gradient_checkpointing: `None` means where there is a GPU.
@@ -86,17 +113,22 @@ class StageRecipe:
     learning_rate: dict[str, float]
     batch_size: int
     lora: LoraRecipe | None = None
+    distillation: DistillationRecipe | None = None
     data: str = "lab"
     images: str | None = None
     lab_examples: str = "questions"
+    dialogues: bool = False
     keep_text_only: bool = False
     skip_missing: bool = False
     epochs: float = 1.0
     max_steps: int | None = None
     gradient_accumulation: int = 1
+    optimizer: str = "adamw"
     schedule: str = "cosine"
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    max_grad_value: float | None = None
     max_length: int = 2048
     precision: str = "bf16"
     gradient_checkpointing: bool | None = None
@@ -114,10 +146,14 @@ class StageRecipe:
         _number(self, "epochs", above=0)
         _number(self, "warmup_ratio", least=0, below=1)
         _number(self, "weight_decay", least=0)
+        for name in ("max_grad_norm", "max_grad_value"):
+            if getattr(self, name) is not None:
+                _number(self, name, above=0)
+        _choice(self, "optimizer", tuple(OPTIMIZERS))
         _choice(self, "schedule", SCHEDULES)
         _choice(self, "precision", PRECISIONS)
         _choice(self, "lab_examples", LAB_EXAMPLES)
-        for name in ("keep_text_only", "skip_missing"):
+        for name in ("dialogues", "keep_text_only", "skip_missing"):
             _choice(self, name, (True, False))
         _choice(self, "gradient_checkpointing", (True, False, None))
         object.__setattr__(self, "learning_rate", self._rates())
@@ -179,8 +215,9 @@ def make_stage(block: Any, changes: Mapping[str, Any], where: str) -> StageRecip
     for key, value in changes.items():
         _change(block, key, value)
     try:
-        if isinstance(block.get("lora"), dict):
-            block["lora"] = _build(LoraRecipe, block["lora"], "lora.")
+        for key, cls in (("lora", LoraRecipe), ("distillation", DistillationRecipe)):
+            if isinstance(block.get(key), dict):
+                block[key] = _build(cls, block[key], f"{key}.")
         return _build(StageRecipe, block, "")
     except ValueError as error:
         raise FoveateError(f"{where}: {error}") from error

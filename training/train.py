@@ -41,7 +41,8 @@ from ..errors import FoveateError, first_sentence
 from ..hub_cards.card import read_base_name, write_card
 from ..registry import METHODS
 from .data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
-from .recipe import RECIPE_FILE, LoraRecipe, StageRecipe, earlier_stages, read_stage, show, write_recipe
+from .distillation import Distillation
+from .recipe import OPTIMIZERS, RECIPE_FILE, LoraRecipe, StageRecipe, earlier_stages, read_stage, show, write_recipe
 
 
 ADAPTER_FOLDER = "adapter"
@@ -132,7 +133,7 @@ def train(
         args=arguments,
         data_collator=collator,
         train_dataset=data,
-        callbacks=list(callbacks),
+        callbacks=[*([_ClipValues(job.recipe.max_grad_value)] if job.recipe.max_grad_value else []), *callbacks],
         recipe=job.recipe,
         num_steps=num_steps,
     )
@@ -199,7 +200,8 @@ def _training_arguments(job: _Job, progress: bool) -> TrainingArguments:
         gradient_accumulation_steps=recipe.gradient_accumulation,
         num_train_epochs=1,  # see TrainingOrder
         lr_scheduler_type=recipe.schedule,
-        optim="adamw_torch",
+        optim=OPTIMIZERS[recipe.optimizer],
+        max_grad_norm=recipe.max_grad_norm or 0.0,
         weight_decay=recipe.weight_decay,
         learning_rate=max([*recipe.learning_rate.values(), *([recipe.lora.learning_rate] if recipe.lora else [])]),
         **(
@@ -287,6 +289,10 @@ def _open_checkpoint(job: _Job, arguments: TrainingArguments) -> tuple[nn.Module
     model.config.use_cache = model.config.get_text_config().use_cache = False
     set_seed(job.recipe.seed)
     unfreeze(model, job.recipe)
+    if job.recipe.distillation is not None and not hasattr(model.model, "compressor"):
+        raise FoveateError(
+            f"The recipe has a distillation, which trains a compression matrix: the method '{job.method}' has none."
+        )
     return model, processor
 
 
@@ -387,6 +393,23 @@ class StageTrainer(Trainer):
             layers = self.model.model.language_model.layers
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [type(layers[0]).__name__]
 
+        if recipe.distillation is not None:
+            self.distillation = Distillation(self.model, recipe.distillation)
+            self.model_accepts_loss_kwargs = False  # the loss is a mean already, whatever is accumulated
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        if self.recipe.distillation is None:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss = self.distillation(model, inputs)
+        return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.recipe.distillation is not None and "loss" in logs:
+            logs |= {name: round(float(term), 4) for name, term in self.distillation.terms.items()}
+        super().log(logs, *args, **kwargs)
+
     def _get_train_sampler(self, *args: Any) -> Sampler:
         per_step = _examples_per_step(self.recipe, self.args)
         return TrainingOrder(len(self.train_dataset), self.num_steps * per_step, self.recipe.seed)
@@ -429,6 +452,16 @@ class StageTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         _fill(self.model, load_file(Path(resume_from_checkpoint) / _TRAINED_FILE))
+
+
+class _ClipValues(TrainerCallback):
+    """Cuts every entry of the gradients, which the Trainer itself doesn't do."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+
+    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs: Any) -> None:
+        torch.nn.utils.clip_grad_value_(model.parameters(), self.limit)
 
 
 _ADAPTERS = "lora"

@@ -33,11 +33,20 @@ from foveate.evaluation.flops import (
     prefill_flops,
 )
 from foveate.evaluation.shapes import SHAPES, config_of_shape
-from foveate.registry import METHODS
+from foveate.registry import Backbone
 
 
 PROMPT = "USER: <image> what is it ASSISTANT:"
 PAPER_LAYERS = [12, 14, 16, 18, 20, 22]
+
+#: Budgets of a method that compresses an image's sequence; a fixed one takes the place of the ratio.
+BUDGETS = [
+    {"num_visual_tokens": 4, "keep_ratio": None},
+    {"num_visual_tokens": 9, "keep_ratio": None},
+    {"keep_ratio": 0.1},
+    {"keep_ratio": 0.6},
+    {"keep_ratio": 1.0},
+]
 
 #: Settings that change what is computed; a method that is not named goes through with its budget alone.
 SETTINGS = {
@@ -55,6 +64,7 @@ SETTINGS = {
         {"num_visual_tokens": 3, "guidance": "cls", "recycle": False, "layers": [0]},
         {"num_visual_tokens": 9},
     ],
+    **dict.fromkeys(("metacompress", "random", "sample", "spatial"), BUDGETS),
 }
 
 
@@ -229,6 +239,17 @@ class TestShapes:
         assert bound.at_most and bound.visual_tokens == 576
         assert not fixed.at_most and fixed.visual_tokens == 64 and fixed.total < bound.total
 
+    @pytest.mark.parametrize("method", ["metacompress", "random", "sample", "spatial"])
+    def test_a_sequence_keeps_its_share_of_all_that_the_image_has(self, method):
+        settings = {"keep_ratio": 0.1}
+        found = flops(shape="llava-next-vicuna-7b", method=method, settings=settings, image_size=(672, 672)).to_dict()
+        tokens = 5 * 576 + 48  # overview, 2 × 2 tiles without padding, newlines
+        assert found["method"] == method  # the baselines share a model type
+        assert (found["base"]["visual_tokens"], found["visual_tokens"]) == (tokens, round(0.1 * tokens))
+        for part in ("vision_tower", "projector", "text_encoder"):
+            assert found[part] == found["base"][part]
+        assert (found["compressor"] > 0) == (method in ("metacompress", "spatial"))
+
 
 def run(*words):
     return CliRunner().invoke(app, ["flops", *map(str, words)])
@@ -291,7 +312,8 @@ class TestTheCommand:
 
 def test_a_method_without_an_account_is_named(monkeypatch):
     config = config_of_shape("llava-1.5-7b", "recoverable")
-    method = METHODS["recoverable"]
-    monkeypatch.setattr(flops_module, "METHODS", {"sixth": dataclasses.replace(method, name="sixth")})
-    with pytest.raises(FoveateError, match=r"'sixth' .* no foveate\.evaluation\.account_sixth"):
+    monkeypatch.setattr(config, "model_type", "llava_sixth")
+    sixth = Backbone("llava", "llava_sixth", "LlavaSixth", "LLaVA-1.5")
+    monkeypatch.setattr(flops_module, "backbones", lambda: [sixth])
+    with pytest.raises(FoveateError, match=r"'recoverable' .* no foveate\.evaluation\.account_sixth"):
         account_of(config, (336, 336), 60)

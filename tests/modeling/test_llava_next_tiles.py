@@ -6,6 +6,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate import convert
+from foveate.modeling.tile_layout import tile_grid_of
 from foveate.processing.image_tiles import tile_grid
 
 from ..conversion.tiny_checkpoints import write_clip, write_llava_next
@@ -69,7 +70,7 @@ def test_no_token_comes_from_the_padding_and_newlines_end_the_rows(both, size):
     model, processor = both[1]
     output = model(**inputs_of(processor, [size]), output_compression=True)
     (image,) = output.compression
-    grid = model.model.tile_grid(list(size))
+    grid = tile_grid_of(model.config, size)
     is_newline = image.roles == len(image.role_names) - 1
     assert int(is_newline.sum()) == grid.num_newlines
     own_patch = image.weights[~is_newline].argmax(1)

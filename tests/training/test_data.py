@@ -226,7 +226,41 @@ def test_an_answer_ends_with_one_end_of_sequence(processor):
     """The llava-hf models' template, like the tiny one's, writes a space after an answer; the lab's writes </s>."""
     of_lab = AutoProcessor.from_pretrained(lab_folder("tiny-llava"))
     for read in (processor, of_lab):
-        assert Collator(read, max_length=64)._answer_frame() == (" ", "</s>")
+        batch = Collator(read, max_length=256)([Example("a", "what is it", "red", (PICTURE,))])
+        learned = batch["labels"][0][batch["labels"][0] != -100]
+        assert (learned == read.tokenizer.eos_token_id).sum() == 1
+        assert learned[-1] == read.tokenizer.eos_token_id
+
+
+def test_a_dialogue_is_one_example_whose_answers_are_learned(processor):
+    """The tokens are those of the whole conversation in the chat template; an end of sequence stands where the template
+    has one, and at the end."""
+    of_lab = AutoProcessor.from_pretrained(lab_folder("tiny-llava"))
+    turns = [("what colour is it", "red"), ("is it red", "it is red"), ("what is it", "it")]
+    example = Example("a", *turns[0], (PICTURE,), tuple(turns[1:]))
+    chat = []
+    for index, (question, answer) in enumerate(turns):
+        image = [{"type": "image"}] if index == 0 else []
+        chat.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    for read, ends in ((processor, 1), (of_lab, 3)):
+        batch = Collator(read, max_length=512)([example, Example("b", "what is it", "red", (PICTURE,))])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        whole = read(images=PICTURE, text=read.apply_chat_template(chat, tokenize=False), return_tensors="pt")
+        whole = whole["input_ids"][0]
+        assert ids[: len(whole)].tolist() == whole.tolist()
+        learned = read.tokenizer.decode(labels[labels != -100], skip_special_tokens=True)
+        assert learned.split() == ["red", "it", "is", "red", "it"]
+        assert int((labels == read.tokenizer.eos_token_id).sum()) == ends
+
+
+def test_a_files_dialogues_stay_whole_on_demand(instructions):
+    pairs = LlavaExamples(instructions, instructions.parent)
+    data = open_data(read_stage("metacompress", 1, changes={"data": str(instructions)}))
+    assert len(data) == 8
+    found = [(e.question, e.answer) for i in range(8) for e in [data[i]]]
+    assert len(found) + sum(len(data[i].later) for i in range(8)) == len(pairs) == 15
+    assert data[1].later == (("what is it", "it is red"),)
 
 
 def test_a_template_that_nothing_can_be_learned_from_is_refused(processor, monkeypatch):

@@ -1,0 +1,67 @@
+"""Scenes that are larger than one tile: the lab's world for models that read an image in tiles.
+
+A canvas is 2 × 2, 2 × 1, 1 × 2, 3 × 1 or 1 × 3 tiles of 168 pixels. Each of the nine places is a block of cells of
+56 pixels, and its object lies in one of them at its usual size: no tile boundary cuts it, and it is small in the
+overview. The finished picture has many sizes. All choices come from the scene's own streams.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from .scenes import CELL_SIZE, GRID, IMAGE_SIZE, PLACES, Scene, background, draw_brush, paint
+
+
+SHAPES_IN_TILES = ((2, 2), (2, 1), (1, 2), (3, 1), (1, 3))
+"""(Rows, columns) of the canvases, in tiles."""
+
+PINPOINTS = [[168, 336], [336, 168], [336, 336], [504, 168], [168, 504]]
+"""(Height, width) of the canvases in pixels, as LLaVA-NeXT's `image_grid_pinpoints`."""
+
+_CANVAS_STREAM = 2**31  # far from those of questions and trainings
+_SMALLEST_TILE, _LARGEST_TILE = 143, 193  # 0.85 and 1.15 of a tile
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Where a large scene is drawn: `rows` × `columns` tiles, the (row, column) of each object among its cells of 56
+    pixels, and the (width, height) in pixels to which the finished picture is resized."""
+
+    rows: int
+    columns: int
+    cells: tuple[tuple[int, int], ...]
+    size: tuple[int, int]
+
+
+def canvas_of(scene: Scene) -> Canvas:
+    """The canvas of a scene, always the same."""
+    random = scene.random(_CANVAS_STREAM)
+    rows, columns = SHAPES_IN_TILES[int(random.integers(len(SHAPES_IN_TILES)))]
+    cells = []
+    for item in scene.objects:
+        row, column = divmod(PLACES.index(item.place), GRID)
+        cells.append((row * rows + int(random.integers(rows)), column * columns + int(random.integers(columns))))
+    squeezed = random.random() < 0.4
+    # Only what fits into its own tiles is squeezed: enlarged as well, it would be read in more tiles than it has.
+    side = int(random.integers(_SMALLEST_TILE, (IMAGE_SIZE if squeezed else _LARGEST_TILE) + 1))
+    size = [columns * side, rows * side]
+    if squeezed:
+        along = int(random.integers(2))
+        size[along] = round(size[along] * random.uniform(0.88, 0.97))
+    return Canvas(rows, columns, tuple(cells), (size[0], size[1]))
+
+
+def draw_large_scene(scene: Scene, augment: bool = False) -> Image.Image:
+    """The picture of a scene on its canvas; `augment` as in `draw_scenes`."""
+    canvas = canvas_of(scene)
+    random = scene.random(1)
+    picture = background(random, canvas.rows, canvas.columns)
+    brushes = [draw_brush(random, item, augment) for item in scene.objects]
+    cells = picture.unfold(1, CELL_SIZE, CELL_SIZE).unfold(2, CELL_SIZE, CELL_SIZE)  # (rgb, rows, columns, 56, 56)
+    rows, columns = [row for row, _ in canvas.cells], [column for _, column in canvas.cells]
+    painted, _ = paint(cells[:, rows, columns].transpose(0, 1), list(scene.sprites), brushes, augment)
+    cells[:, rows, columns] = painted.transpose(0, 1)
+    drawn = Image.fromarray(picture.clamp(0, 255).byte().permute(1, 2, 0).numpy())
+    return drawn.resize(canvas.size, Image.Resampling.BICUBIC)

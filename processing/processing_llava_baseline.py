@@ -1,0 +1,12 @@
+"""Processor of LLaVA-1.5 with a training-free baseline (random, sample, spatial)."""
+
+from __future__ import annotations
+
+from .sequence_processor import LlavaSequenceProcessor
+
+
+class LlavaBaselineProcessor(LlavaSequenceProcessor):
+    """[`LlavaSequenceProcessor`]."""
+
+
+__all__ = ["LlavaBaselineProcessor"]

@@ -1,0 +1,12 @@
+"""Processor of LLaVA-1.5 with MetaCompress."""
+
+from __future__ import annotations
+
+from .sequence_processor import LlavaSequenceProcessor
+
+
+class LlavaMetaCompressProcessor(LlavaSequenceProcessor):
+    """[`LlavaSequenceProcessor`]."""
+
+
+__all__ = ["LlavaMetaCompressProcessor"]
