@@ -44,6 +44,7 @@ KEPT := -seed0-stage0 -seed0 -fast-seed0 -fast-seed1 -question-seed0 -question-f
 benchmark: $(VENV)/.installed-eval
 	$(BIN)/python -m foveate.evaluation.benchmark_compression
 	$(BIN)/python -m foveate.evaluation.benchmark_encoder
+	$(BIN)/python -m foveate.evaluation.benchmark_prefill
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

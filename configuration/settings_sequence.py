@@ -43,6 +43,15 @@ class SequenceSettings(CompressionSettings):
     def budget_of_ratio(cls, keep_ratio: float, config: Any) -> dict[str, Any]:
         return {"keep_ratio": keep_ratio, "num_visual_tokens": None}
 
+    def fitted_to(self, config: Any) -> SequenceSettings:
+        longest = config.longest_sequence
+        if self.num_visual_tokens is not None and self.num_visual_tokens > longest:
+            raise ValueError(
+                f"num_visual_tokens is {self.num_visual_tokens}, but an image has at most {longest} tokens of all its "
+                f"patches: choose at most {longest}."
+            )
+        return self
+
     def count_tokens(self, length: int) -> int:
         """m of an image of n = `length` tokens."""
         if self.num_visual_tokens is not None:
@@ -53,6 +62,17 @@ class SequenceSettings(CompressionSettings):
 class SequenceConfigMixin(CompressionConfigMixin):
     """A config whose model compresses an image's sequence. Its class calls `_check_method_fields` at the end of its
     `__init__`."""
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the image that has the most of them."""
+        vision = self.vision_config  # type: ignore[attr-defined]
+        side, patch = vision.image_size, vision.patch_size
+        grids = [  # LLaVA-NeXT's tiles and newlines
+            (height // side) * (width // side) * self.num_patches + height // patch
+            for height, width in getattr(self, "image_grid_pinpoints", None) or ()
+        ]
+        return self.num_patches + max(grids, default=0)
 
     def _check_method_fields(self) -> None:
         if self.vision_feature_select_strategy != "default":  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """The one harness that every method's results go through: a checkpoint answers the questions of a task.
 
 A task is a stream of examples, an image and the turns asked about it; `TASKS` names them. Answers come from batched
-greedy decoding and are compared exactly. What comes out is a dictionary fit for JSON, from which `results.py` makes
-tables and plots; all of it but `timing` is the same when the same command runs again.
+greedy decoding and are scored by the task's metric. What comes out is a dictionary fit for JSON, from which
+`results.py` makes tables and plots; all of it but `timing` is the same when the same command runs again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,35 +32,23 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..conversion.checkpoints import fetch_weights, find_checkpoint, read_shards
 from ..errors import FoveateError, first_sentence
-from ..lab.scenes import QUESTION_TYPES, ask_questions, draw_scene, sample_scene
+from ..lab.large_scenes import draw_large_scene
+from ..lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sample_scene
 from ..modeling.compressed_model import CompressedModelMixin
 from ..modeling.logical_cache import LogicalCache
+from .examples import Example, Turn
 from .flops import count_visual_tokens, uncompressed_account
-from .metrics import exact_match, share_of
+from .metrics import METRICS, mean_of
+from .multi_turn import CachedTurns
+from .published_dialogues import GQA_QUESTIONS, VQA_QUESTIONS, PublishedDialogues, mt_gqa, mt_vqa_v2
 
 
 DEFAULT_BATCH_SIZE = 32
 MAX_NEW_TOKENS = 8  # the lab's answers are one to three words
+SKIPPED_NAMED = 5
 
 
 # Tasks
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question, its right answer, and the type that results are broken down by."""
-
-    question: str
-    answer: str
-    type: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """An image and what is asked about it, turn after turn."""
-
-    image: Image.Image
-    turns: tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
@@ -68,26 +57,24 @@ class Task:
 
     Args:
         title: for readers.
-        examples: (number, seed) → at most `number` examples, the same ones each time.
-        num_examples: how many are asked where the user names no limit.
+        examples: (number, seed) → at most `number` examples, the same ones each time; with `reads`
+            (number, seed, data, images, skip_missing) → a `PublishedDialogues`.
+        num_examples: how many are asked where the user names no limit; `None`: all.
+        metric: a name in `METRICS`.
+        max_new_tokens: the longest answer.
+        reads: the published file that the user's folder has to hold; `None` where nothing is read.
     """
 
     title: str
-    examples: Callable[[int, int], Iterable[Example]]
-    num_examples: int
+    examples: Callable[..., Iterable[Example]]
+    num_examples: int | None
+    metric: str = "exact_match"
+    max_new_tokens: int = MAX_NEW_TOKENS
+    reads: str | None = None
 
 
-def lab_questions(number: int, seed: int) -> Iterator[Example]:
-    """Single questions about test scenes, one a scene, the types in rotation."""
-    return _lab_examples(number, seed, num_turns=1)
-
-
-def lab_dialogues(number: int, seed: int) -> Iterator[Example]:
-    """Three questions of different types about each test scene; over the dialogues every turn has all types."""
-    return _lab_examples(number, seed, num_turns=3)
-
-
-def _lab_examples(number: int, seed: int, num_turns: int) -> Iterator[Example]:
+def _lab_examples(number: int, seed: int, num_turns: int, draw: Callable[[Scene], Image.Image]) -> Iterator[Example]:
+    """Questions about test scenes, in the order of the types."""
     index = -1
     for example in range(number):
         wanted = [QUESTION_TYPES[(example + turn) % len(QUESTION_TYPES)] for turn in range(num_turns)]
@@ -96,12 +83,25 @@ def _lab_examples(number: int, seed: int, num_turns: int) -> Iterator[Example]:
             index += 1
             scene = sample_scene("test", index, seed=seed)
             found = ask_questions(scene, wanted)
-        yield Example(draw_scene(scene), tuple(Turn(q.question, q.answer, q.type) for q in found))
+        yield Example(draw(scene), tuple(Turn(q.question, (q.answer,), q.type) for q in found))
 
+
+# Single questions, one a scene, the types in rotation; and three of different types, so that over the dialogues every
+# turn has all of them.
+lab_questions = partial(_lab_examples, num_turns=1, draw=draw_scene)
+lab_dialogues = partial(_lab_examples, num_turns=3, draw=draw_scene)
+lab_next_questions = partial(_lab_examples, num_turns=1, draw=draw_large_scene)
+lab_next_dialogues = partial(_lab_examples, num_turns=3, draw=draw_large_scene)
 
 TASKS: dict[str, Task] = {
     "lab-vqa": Task("single questions about the lab's test scenes", lab_questions, 1200),
-    "lab-dialogue": Task("dialogues of three turns about the lab's test scenes", lab_dialogues, 400),
+    "lab-dialogue": Task("dialogues of three turns about the lab's test scenes", lab_dialogues, 1000),
+    "lab-next-vqa": Task("single questions about larger scenes, in tiles", lab_next_questions, 1200),
+    "lab-next-dialogue": Task("dialogues of three turns about larger scenes, in tiles", lab_next_dialogues, 1000),
+    "mt-vqa-v2": Task(
+        "dialogues of three turns made of VQA-v2", mt_vqa_v2, 25_000, "vqa_accuracy", 16, reads=VQA_QUESTIONS
+    ),
+    "mt-gqa": Task("dialogues of three turns made of GQA", mt_gqa, None, max_new_tokens=16, reads=GQA_QUESTIONS),
 }
 
 
@@ -142,6 +142,10 @@ class Checkpoint:
         prompts = self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
         inputs = self.processor(images=images, text=prompts, padding=True, return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
+
+    def cached_turns(self, num_rows: int) -> CachedTurns:
+        """Nothing cached yet, of a batch of `num_rows` dialogues."""
+        return CachedTurns(num_rows, self.model.config.image_token_id, self.processor.tokenizer.pad_token_id)
 
     def decode(self, sequences: torch.Tensor, prompt_length: int) -> list[str]:
         """The texts after the prompts, which `generate` returns in front of them."""
@@ -242,38 +246,53 @@ def visual_tokens_kept(cache: Any, is_placeholder: torch.Tensor) -> torch.Tensor
 class _Tally:
     """What was found out so far, an entry a question and, for the tokens, an entry an image."""
 
-    hits: list[bool] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    examples: list[int] = field(default_factory=list)
     types: list[str] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     visual_tokens: list[int] = field(default_factory=list)
     base_visual_tokens: list[int] = field(default_factory=list)
 
-    def scores(self) -> dict[str, Any]:
-        """The accuracies of a result. Turns of a dialogue count as independent in the interval of the whole."""
-        scores: dict[str, Any] = {"exact_match": share_of(self.hits), "by_type": self._shares_by(self.types)}
+    def accuracies(self, metric: str) -> dict[str, Any]:
+        """The scores of a result. Where several are of one dialogue, intervals don't take them for independent; single
+        questions, and each turn, have Wilson's interval where an answer is right or wrong (see [`mean_of`])."""
+        found: dict[str, Any] = {
+            metric: mean_of(self.scores, self.examples),
+            "by_type": self._means_by(self.types),
+        }
         if max(self.turns) > 0:
-            scores["by_turn"] = list(self._shares_by(self.turns).values())
-        return scores
+            found["by_turn"] = list(self._means_by(self.turns).values())
+        return found
 
-    def _shares_by(self, keys: list) -> dict[Any, Any]:
-        groups: dict[Any, list[bool]] = {}
-        for key, hit in zip(keys, self.hits):
-            groups.setdefault(key, []).append(hit)
-        return {key: share_of(hits) for key, hits in groups.items()}
+    def _means_by(self, keys: list) -> dict[Any, Any]:
+        groups: dict[Any, tuple[list[float], list[int]]] = {}
+        for key, score, example in zip(keys, self.scores, self.examples):
+            scores, examples = groups.setdefault(key, ([], []))
+            scores.append(score)
+            examples.append(example)
+        return {key: mean_of(*group) for key, group in groups.items()}
 
 
 @torch.inference_mode()
-def _ask_batch(checkpoint: Checkpoint, examples: list[Example], tally: _Tally) -> None:
+def _ask_batch(checkpoint: Checkpoint, task: Task, examples: list[Example], tally: _Tally, reuse_cache: bool) -> None:
     """Asks a batch of examples turn by turn; the model's own answers stay in the conversation."""
     conversations: list[list[dict[str, Any]]] = [[] for _ in examples]
+    score, first = METRICS[task.metric].score, len(tally.visual_tokens)
+    cached = checkpoint.cached_turns(len(examples)) if reuse_cache else None
     for turn in range(max(len(example.turns) for example in examples)):
         rows = [row for row, example in enumerate(examples) if turn < len(example.turns)]
         for row in rows:
             picture = [{"type": "image"}] if turn == 0 else []
             text = {"type": "text", "text": examples[row].turns[turn].question}
             conversations[row].append({"role": "user", "content": [*picture, text]})
+        if cached is not None:
+            cached.keep(rows)
         answers, visual_tokens = _generate(
-            checkpoint, [conversations[row] for row in rows], [examples[row].image for row in rows]
+            checkpoint,
+            [conversations[row] for row in rows],
+            [examples[row].image for row in rows],
+            task.max_new_tokens,
+            cached,
         )
         if turn == 0:
             tally.visual_tokens += visual_tokens
@@ -282,21 +301,32 @@ def _ask_batch(checkpoint: Checkpoint, examples: list[Example], tally: _Tally) -
         for row, answer in zip(rows, answers):
             asked = examples[row].turns[turn]
             conversations[row].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-            tally.hits.append(exact_match(answer, asked.answer))
+            tally.scores.append(score(answer, asked.answers))
+            tally.examples.append(first + row)
             tally.types.append(asked.type)
             tally.turns.append(turn)
 
 
-def _generate(checkpoint: Checkpoint, conversations: list, images: list[Image.Image]) -> tuple[list[str], list[int]]:
-    """Answers, and the number of visual tokens of each row."""
+def _generate(
+    checkpoint: Checkpoint,
+    conversations: list,
+    images: list[Image.Image],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    cached: CachedTurns | None = None,
+) -> tuple[list[str], list[int]]:
+    """Answers, and the number of visual tokens of each row; with `cached`, on the turns before and for those after."""
     inputs = checkpoint.encode(conversations, images)
+    if cached is not None:
+        inputs = cached.go_on(inputs)
     output = checkpoint.model.generate(
         **inputs,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=checkpoint.processor.tokenizer.pad_token_id,
         return_dict_in_generate=True,
     )
+    if cached is not None:
+        cached.remember(inputs, output)
     is_placeholder = inputs["input_ids"] == checkpoint.model.config.image_token_id
     kept = visual_tokens_kept(output.past_key_values, is_placeholder)
     return checkpoint.decode(output.sequences, is_placeholder.shape[1]), kept.tolist()
@@ -314,6 +344,10 @@ def evaluate(
     device: str | torch.device | None = None,
     progress: bool = True,
     method_label: str | None = None,
+    reuse_cache: bool = False,
+    data: str | Path | None = None,
+    images: str | Path | None = None,
+    skip_missing: bool = False,
 ) -> dict[str, Any]:
     """Asks a checkpoint the questions of a task, and counts right answers and visual tokens.
 
@@ -321,37 +355,59 @@ def evaluate(
         checkpoint: a folder, a hub id, or `lab:NAME`; compressed, or a base to compare with.
         task: a name in `TASKS`.
         limit: number of examples (questions, or dialogues), the task's own number if `None`.
-        seed: chooses other scenes and questions.
+        seed: chooses other scenes and questions; of a dataset, which dialogues come first.
         batch_size: examples at a time.
         output: a JSON file for the result, written when all is done, or not at all.
         settings: changes to the compression for this run, as `set_compression` takes them.
         dtype, device: as in [`open_checkpoint`].
         progress: whether to show a bar, on stderr.
         method_label: how tables call the run; the method's name, "base" for a model without, if `None`.
+        reuse_cache: whether later turns go on with the cache of those before, so that an image is encoded and
+            compressed once, by its first question where a question guides; else every turn is a fresh run, in which
+            QG-VTC is guided by the turn's own question.
+        data: the folder with a dataset's files, for the tasks that read one.
+        images: the folder with its images, if it is not in `data`.
+        skip_missing: leave out dialogues whose image is missing or can't be read; else that is an error.
 
     Returns:
         `command`, `task`, `n` (examples), `seed`, `checkpoint`, `checkpoint_hash`, `label`, `method`, `compression`,
-        `dtype`; `exact_match`, `by_type` and, for dialogues, `by_turn` (each with value, 95 % Wilson interval and n);
-        `base_visual_tokens` and `mean_visual_tokens` (an image); `versions`; and `timing`.
+        `dtype`, `reuse_cache`; the task's metric (`exact_match` or `vqa_accuracy`), `by_type` and, for dialogues,
+        `by_turn` (each with value, 95 % interval and n; see [`mean_of`]); `base_visual_tokens` and
+        `mean_visual_tokens` (an image); with `skip_missing`, `skipped`: the number `n` of dialogues left out and the
+        first of their `names`; `versions`; and `timing`.
 
     Raises:
         FoveateError: bad input, in one sentence; before anything is computed.
     """
     number = _check(task, limit, seed, batch_size, output)
+    examples = _examples(task, number, seed, data, images, skip_missing)
     opened = open_checkpoint(checkpoint, settings, dtype, device)
     tally, start = _Tally(), time.perf_counter()
     with _progress_bar(progress) as bar:
-        shown = bar.add_task(task, total=number)
-        examples = iter(TASKS[task].examples(number, seed))
-        while batch := list(islice(examples, batch_size)):
-            _ask_batch(opened, batch, tally)
-            so_far = f"{task} {sum(tally.hits) / len(tally.hits):.1%}"
-            bar.update(shown, advance=len(batch), description=so_far)
+        shown = bar.add_task(task, total=len(examples) if isinstance(examples, PublishedDialogues) else number)
+        stream = iter(examples)
+        while batch := list(islice(stream, batch_size)):
+            _ask_batch(opened, TASKS[task], batch, tally, reuse_cache)
+            bar.update(shown, advance=len(batch), description=f"{task} {statistics.fmean(tally.scores):.1%}")
     seconds = time.perf_counter() - start
 
     kept = statistics.fmean(tally.visual_tokens)
     result = {
-        "command": _command(checkpoint, task, limit, seed, batch_size, output, settings, dtype, method_label),
+        "command": _command(
+            checkpoint,
+            task,
+            limit,
+            seed,
+            batch_size,
+            output,
+            settings,
+            dtype,
+            method_label,
+            reuse_cache,
+            data,
+            images,
+            skip_missing,
+        ),
         "task": task,
         "n": len(tally.visual_tokens),
         "seed": seed,
@@ -361,9 +417,11 @@ def evaluate(
         "method": opened.method,
         "compression": opened.settings,
         "dtype": str(opened.model.dtype).removeprefix("torch."),
-        **tally.scores(),
+        "reuse_cache": reuse_cache,
+        **tally.accuracies(TASKS[task].metric),
         "base_visual_tokens": statistics.fmean(tally.base_visual_tokens or tally.visual_tokens),
         "mean_visual_tokens": kept,
+        **_skipped(examples, skip_missing),
         "versions": versions(),
         "timing": {"seconds": round(seconds, 3), "device": opened.model.device.type},
     }
@@ -372,17 +430,38 @@ def evaluate(
     return result
 
 
-def _check(task: str, limit: int | None, seed: int, batch_size: int, output: str | Path | None) -> int:
+def _check(task: str, limit: int | None, seed: int, batch_size: int, output: str | Path | None) -> int | None:
     """The number of examples; raises `FoveateError` for what can be known to be wrong before the model is loaded."""
     if task not in TASKS:
         raise FoveateError(f"There is no task '{task}': choose one of {', '.join(TASKS)}.")
     number = TASKS[task].num_examples if limit is None else limit
     for name, value, least in (("limit", number, 1), ("seed", seed, 0), ("batch size", batch_size, 1)):
-        if value < least:
+        if value is not None and value < least:
             raise FoveateError(f"The {name} is {value}: it has to be at least {least}.")
     if output is not None:
         require_writable(Path(output))
     return number
+
+
+def _examples(
+    task: str, number: int | None, seed: int, data: str | Path | None, images: str | Path | None, skip_missing: bool
+) -> Iterable[Example]:
+    """The stream of a task; raises `FoveateError` for files that are missing or not in their format."""
+    reads = TASKS[task].reads
+    if reads is None:
+        if data is not None or images is not None:
+            raise FoveateError(f"The task {task} reads no files: leave --data and --images out.")
+        return TASKS[task].examples(number, seed)
+    if data is None:
+        raise FoveateError(f"The task {task} reads published files: --data names the folder with {reads}.")
+    folders = (None if folder is None else Path(folder).expanduser() for folder in (data, images))
+    return TASKS[task].examples(number, seed, *folders, skip_missing)
+
+
+def _skipped(examples: Iterable[Example], skip_missing: bool) -> dict[str, Any]:
+    if not (skip_missing and isinstance(examples, PublishedDialogues)):
+        return {}
+    return {"skipped": {"n": len(examples.skipped), "names": examples.skipped[:SKIPPED_NAMED]}}
 
 
 def _progress_bar(enabled: bool) -> Progress:
@@ -403,6 +482,10 @@ def _command(
     settings: Mapping[str, Any] | None,
     dtype: str | torch.dtype,
     method_label: str | None,
+    reuse_cache: bool,
+    data: str | Path | None,
+    images: str | Path | None,
+    skip_missing: bool,
 ) -> str:
     """The command line that does the same."""
     words = ["foveate", "evaluate", str(checkpoint), "--task", task]
@@ -412,6 +495,10 @@ def _command(
     words += ["--batch-size", str(batch_size)] if batch_size != DEFAULT_BATCH_SIZE else []
     words += ["--dtype", str(dtype).removeprefix("torch.")] if dtype != "auto" else []
     words += ["--label", method_label] if method_label else []
+    words += ["--reuse-cache"] if reuse_cache else []
+    words += ["--data", str(data)] if data is not None else []
+    words += ["--images", str(images)] if images is not None else []
+    words += ["--skip-missing"] if skip_missing else []
     words += ["--json", str(output)] if output is not None else []
     return shlex.join(words)
 

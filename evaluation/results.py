@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from .. import lab
 from ..errors import FoveateError
 from .harness import TASKS
-from .metrics import wilson_interval
+from .metrics import METRICS, wilson_interval
 
 
 LAB_FOLDER = Path(lab.__file__).parent
@@ -29,6 +30,7 @@ exactly; intervals are 95 % (Wilson). Test scenes use handwritten digits that tr
 `lab/work/trained/NAME` by `python -m foveate.lab.experiments --only NAME`: it converts, and trains with the recipe in
 `lab/recipes/`. A row of several seeds pools them: each is another training, asked about other test scenes.
 """
+_BUDGETS, _SEED = ("num_visual_tokens", "keep_ratio"), "seed"  # settings: of the budget, of what is drawn at random
 _NEEDED = {
     "command",
     "task",
@@ -37,7 +39,6 @@ _NEEDED = {
     "label",
     "method",
     "compression",
-    "exact_match",
     "by_type",
     "mean_visual_tokens",
 }
@@ -54,7 +55,9 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         if path.name in (TRAINING_FILE, KEPT_FILE):
             continue
         result = _read(path)
-        if missing := sorted(_NEEDED - set(result)):
+        missing = sorted(_NEEDED - set(result))
+        missing += [] if METRICS.keys() & result.keys() else ["exact_match"]
+        if missing:
             raise FoveateError(f"{path} is no result of `foveate evaluate`: it lacks '{missing[0]}'.")
         results.append(result)
     return sorted(results, key=_order)
@@ -79,6 +82,11 @@ def _task_order(task: str) -> tuple[int, str]:
     return ([*TASKS, task].index(task), task)
 
 
+def metric_of(result: dict[str, Any]) -> str:
+    """The name in `METRICS` that a result has its score under."""
+    return next(name for name in METRICS if name in result)
+
+
 # Tables
 
 
@@ -96,6 +104,8 @@ def task_section(task: str, results: list[dict[str, Any]], plot_link: str) -> st
         common = _common_settings([result for result in results if result["method"] == method])
         if common.keys() - {"method"}:
             notes.append(f"All rows of the method {method} have {_settings(common)}.")
+    if any("by_turn" in result and "reuse_cache" in result for result in results):
+        notes.append("Intervals over several turns count dialogues, not turns, as independent.")
     return "\n".join([f"## {title}\n", f"![{task}]({plot_link})\n", table(results), " ".join(notes) + "\n"])
 
 
@@ -103,12 +113,14 @@ def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, a row a result of one task; settings that all rows of a method share are left out."""
     types = list(dict.fromkeys(name for result in results for name in result["by_type"]))
     turns = max(len(result.get("by_turn", ())) for result in results)
-    titles = ["method", "settings", "visual tokens", "exact match, %", "n", "seed"]
+    score = METRICS[metric_of(results[0])].title
+    titles = ["method", "settings", "visual tokens", f"{score}, %", "n", "seed"]
     titles += [f"turn {turn + 1}" for turn in range(turns)] + types + ["command"]
     rows = []
     for result in pool_seeds(results):
         alike = _common_settings([other for other in results if other["method"] == result["method"]])
-        own = {key: value for key, value in (result["compression"] or {}).items() if key not in alike}
+        own = {key: value for key, value in (result["compression"] or {}).items() if key not in alike and key != _SEED}
+        own |= {"reuse_cache": True} if result.get("reuse_cache") else {}
         rows.append(_row(result, own, types, turns))
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
@@ -118,21 +130,24 @@ def pool_seeds(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One result for all that differ in their seed alone: `seeds` in place of the one, shares of all answers."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        key = json.dumps([result["label"], result["compression"], result["method"]], sort_keys=True)
+        compression = {key: value for key, value in (result["compression"] or {}).items() if key != _SEED}
+        what = [result["label"], compression, result["method"], result.get("reuse_cache", False)]
+        key = json.dumps(what, sort_keys=True)
         groups.setdefault(key, []).append(result)
     return [_pooled(group) for group in groups.values()]
 
 
 def _pooled(group: list[dict[str, Any]]) -> dict[str, Any]:
-    first = group[0]
+    first, metric = group[0], metric_of(group[0])
+    types = dict.fromkeys(name for result in group for name in result["by_type"])
     pooled = {
         **first,
         "seeds": [result["seed"] for result in group],
         "n": sum(result["n"] for result in group),
         "mean_visual_tokens": sum(result["mean_visual_tokens"] * result["n"] for result in group)
         / sum(result["n"] for result in group),
-        "exact_match": _pool([result["exact_match"] for result in group]),
-        "by_type": {name: _pool([result["by_type"][name] for result in group]) for name in first["by_type"]},
+        metric: _pool([result[metric] for result in group]),
+        "by_type": {name: _pool([r["by_type"][name] for r in group if name in r["by_type"]]) for name in types},
     }
     if "by_turn" in first:
         pooled["by_turn"] = [_pool(list(shares)) for shares in zip(*(result["by_turn"] for result in group))]
@@ -140,8 +155,26 @@ def _pooled(group: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _pool(shares: list[dict[str, Any]]) -> dict[str, Any]:
-    hits, number = sum(round(share["value"] * share["n"]) for share in shares), sum(share["n"] for share in shares)
-    return {"value": hits / number, "interval": list(wilson_interval(hits, number)), "n": number}
+    """Runs that are independent of each other. Shares of right answers are counted together; where an interval is of
+    another kind, half-widths add up as standard errors do."""
+    number = sum(share["n"] for share in shares)
+    if all(map(_is_counted, shares)):
+        hits = sum(round(share["value"] * share["n"]) for share in shares)
+        return {"value": hits / number, "interval": list(wilson_interval(hits, number)), "n": number}
+    if len(shares) == 1:
+        return shares[0]
+    value = sum(share["value"] * share["n"] for share in shares) / number
+    halves = [(share["interval"][1] - share["interval"][0]) / 2 * share["n"] / number for share in shares]
+    half = math.hypot(*halves)
+    return {"value": value, "interval": [max(0.0, value - half), min(1.0, value + half)], "n": number}
+
+
+def _is_counted(share: dict[str, Any]) -> bool:
+    """Whether its interval is Wilson's of right answers among `n`."""
+    hits = round(share["value"] * share["n"])
+    expected = (hits / share["n"], *wilson_interval(hits, share["n"]))
+    found = (share["value"], *share["interval"])
+    return all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(found, expected))
 
 
 def _row(result: dict[str, Any], settings: dict[str, Any], types: Iterable[str], turns: int) -> list[str]:
@@ -150,7 +183,7 @@ def _row(result: dict[str, Any], settings: dict[str, Any], types: Iterable[str],
         _escape(result["label"]),
         _settings(settings),
         f"{result['mean_visual_tokens']:.1f}",
-        _share(result["exact_match"]),
+        _share(result[metric_of(result)]),
         str(result["n"]),
         ", ".join(map(str, result.get("seeds", [result["seed"]]))),
         *(_share(by_turn.get(turn)) for turn in range(turns)),
@@ -231,7 +264,7 @@ def _number(value: Any) -> str:
 
 
 def plot(task: str, results: list[dict[str, Any]], path: Path) -> None:
-    """Exact match over the mean number of visual tokens, with intervals, a colour a label; a base is a dashed line too.
+    """The score over the mean number of visual tokens, with intervals, a colour a label; a base is a dashed line too.
 
     Args:
         task: the title.
@@ -243,31 +276,49 @@ def plot(task: str, results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=130, layout="constrained")
-    for index, label in enumerate(dict.fromkeys(result["label"] for result in results)):
+    labels = list(dict.fromkeys(result["label"] for result in results))
+    figure, axes = plt.subplots(figsize=(7, 4.5 + 0.18 * max(0, len(labels) - 8)), dpi=130, layout="constrained")
+    for index, label in enumerate(labels):
         runs = [result for result in results if result["label"] == label]
         is_base = runs[0]["compression"] is None
-        colour = "#444444" if is_base else f"C{index % 10}"
+        colour = "#444444" if is_base else plt.get_cmap("tab20")(2 * index % 20 + index // 10 % 2)
         _draw_runs(axes, label, runs, colour)
         if is_base:
-            axes.axhline(100 * runs[0]["exact_match"]["value"], color=colour, linestyle="--", linewidth=1, zorder=0)
+            value = runs[0][metric_of(runs[0])]["value"]
+            axes.axhline(100 * value, color=colour, linestyle="--", linewidth=1, zorder=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set(title=task, xlabel="visual tokens an image (mean)", ylabel="exact match, % (95 % interval)")
+    axes.set(
+        title=task,
+        xlabel="visual tokens an image (mean)",
+        ylabel=f"{METRICS[metric_of(results[0])].title}, % (95 % interval)",
+    )
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 
 
-def _draw_runs(axes: Any, label: str, runs: list[dict[str, Any]], colour: str) -> None:
+def _draw_runs(axes: Any, label: str, runs: list[dict[str, Any]], colour: Any) -> None:
     points = []
-    for run in runs:
-        value, (low, high) = run["exact_match"]["value"], run["exact_match"]["interval"]
+    for run in pool_seeds(runs):
+        score = run[metric_of(run)]
+        value, (low, high) = score["value"], score["interval"]
         points.append((run["mean_visual_tokens"], 100 * value, 100 * (value - low), 100 * (high - value)))
     tokens, values, below, above = zip(*sorted(points))
-    # No line: runs of one label may be other seeds of one setting.
-    axes.errorbar(tokens, values, yerr=(below, above), label=label, color=colour, fmt="o", capsize=3, markersize=5)
+    line = "o-" if _differ_in_budget_alone(runs) else "o"
+    axes.errorbar(
+        tokens, values, yerr=(below, above), label=label, color=colour, fmt=line, capsize=3, markersize=5, linewidth=1
+    )
+
+
+def _differ_in_budget_alone(runs: list[dict[str, Any]]) -> bool:
+    """Whether there is a curve: one method at several budgets."""
+    others = [
+        {key: value for key, value in (run["compression"] or {}).items() if key not in (*_BUDGETS, _SEED)}
+        for run in runs
+    ]
+    return all(other == others[0] for other in others)
 
 
 def write_results(folder: Path = LAB_FOLDER / "results", out: Path = LAB_FOLDER / "RESULTS.md") -> list[Path]:

@@ -188,9 +188,25 @@ def ask(
 @app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, hub id, or lab:tiny-llava.")],
-    task: Annotated[str, typer.Option(help="lab-vqa (single questions) or lab-dialogue (three turns).")] = "lab-vqa",
+    task: Annotated[
+        str,
+        typer.Option(help="lab-vqa (single questions), lab-dialogue (three turns), or with --data mt-vqa-v2, mt-gqa."),
+    ] = "lab-vqa",
     limit: Annotated[int | None, typer.Option(help="Questions or dialogues to ask; the task's own number.")] = None,
-    seed: Annotated[int, typer.Option(help="Chooses other scenes and questions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Chooses other scenes and questions, or dialogues of a dataset.")] = 0,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with VQA-v2's or GQA's files as published.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with the images; val2014 or images in --data, if not said."),
+    ] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out dialogues with an image that is missing.")
+    ] = False,
+    reuse_cache: Annotated[
+        bool, typer.Option("--reuse-cache", help="Later turns go on with the cache; else each is a fresh run.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result for `foveate.evaluation.results`.")
     ] = None,
@@ -206,9 +222,26 @@ def evaluate(
     from .evaluation.harness import evaluate as evaluate_checkpoint
 
     result = evaluate_checkpoint(
-        checkpoint, task, limit, seed, batch_size, json_file, changes, dtype, device, method_label=label
+        checkpoint,
+        task,
+        limit,
+        seed,
+        batch_size,
+        json_file,
+        changes,
+        dtype,
+        device,
+        method_label=label,
+        reuse_cache=reuse_cache,
+        data=data,
+        images=images,
+        skip_missing=skip_missing,
     )
     Console().print(_result_table(result))
+    if skipped := result.get("skipped", {}).get("n"):
+        names = result["skipped"]["names"]
+        more = "; …" if len(names) < skipped else ""
+        typer.echo(f"Left out {skipped} dialogue(s) without their image: {'; '.join(names)}{more}")
     if json_file:
         typer.echo(f"Result: {json_file}")
 
@@ -224,7 +257,7 @@ def flops(
     ] = None,
     method: Annotated[str | None, typer.Option(help="With --shape: a name that `foveate methods` lists.")] = None,
     num_visual_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that an image (LLaVA-NeXT: a tile) is compressed to.")
+        int | None, typer.Option(help="Tokens that an image (QG-VTC on LLaVA-NeXT: a tile) is compressed to.")
     ] = None,
     layers: Annotated[
         str | None, typer.Option(metavar="I,J,…", help="QG-VTC: the layers that compress, counted from 0.")
@@ -409,8 +442,11 @@ def _flops_table(report: FlopsReport) -> Table:
 
 
 def _result_table(result: dict[str, Any]) -> Table:
-    table = _table("", "exact match", "95 %", "n")
-    rows = {f"[bold]{_plain(result['label'])}[/] on {result['task']}": result["exact_match"], **result["by_type"]}
+    from .evaluation.metrics import METRICS
+
+    metric = next(name for name in METRICS if name in result)
+    table = _table("", METRICS[metric].title, "95 %", "n")
+    rows = {f"[bold]{_plain(result['label'])}[/] on {result['task']}": result[metric], **result["by_type"]}
     rows |= {f"turn {turn}": share for turn, share in enumerate(result.get("by_turn", []), start=1)}
     for name, share in rows.items():
         low, high = share["interval"]

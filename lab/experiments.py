@@ -8,10 +8,11 @@ to `MEASUREMENTS`.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from ..conversion.convert import convert
 from ..evaluation.harness import evaluate
+from ..registry import METHODS
 from .trainings import Training, trained_checkpoint, trained_shard
 
 
@@ -42,6 +44,9 @@ class Measurement:
         training: of the checkpoint that is asked, for a method that is trained; its seed also chooses the test scenes,
             so that seeds are independent in both.
         shipped: whether it ships with the lab as "tiny-llava-METHOD-TOKENS", and is asked as such.
+        base: the lab's base model that it is about.
+        reuse_cache: whether later turns go on with the cache of the first.
+        seed: of the test scenes, beside the training's.
     """
 
     name: str
@@ -52,6 +57,9 @@ class Measurement:
     same_tokens_as: str | None = None
     training: Training | None = None
     shipped: str | None = None
+    base: str = "tiny-llava"
+    reuse_cache: bool = False
+    seed: int = 0
 
 
 def _variants(tokens: int) -> list[Measurement]:
@@ -80,8 +88,11 @@ def _qg_vtc_shipped(tokens: int) -> list[Measurement]:
     training = Training(f"qg-vtc-{tokens}-seed0", "qg-vtc", {"num_visual_tokens": tokens})
     name = f"qg-vtc-{tokens}"
     return [
-        Measurement(name + suffix, "QG-VTC, as shipped", task, training=training, shipped=f"tiny-llava-{name}")
-        for suffix, task in (("", "lab-vqa"), ("-dialogue", "lab-dialogue"))
+        Measurement(name + suffix, label, task, training=training, shipped=f"tiny-llava-{name}")
+        for suffix, label, task in (
+            ("", "QG-VTC, as shipped", "lab-vqa"),
+            ("-dialogue", "QG-VTC, by each question", "lab-dialogue"),
+        )
     ]
 
 
@@ -108,9 +119,92 @@ QG_VTC = [
     ],
 ]
 
+# MetaCompress's Figure 3: several turns on one cache, at reductions by 50 to 95 %.
+_REDUCTIONS = {50: 0.5, 70: 0.3, 90: 0.1, 95: 0.05}
+_NARROW = {"key_width": 64}  # of MetaCompress; the lab's language models are 192 wide
+_DIALOGUES = {"tiny-llava": "lab-dialogue", "tiny-llava-next": "lab-next-dialogue"}
+_ON_NEXT = {"data": "lab-next:8192", "batch_size": 12}  # its images have five times as many tokens
+
+
+def _turns(base: str, name: str, label: str, **fields: Any) -> Measurement:
+    """Dialogues on one cache."""
+    prefix = "next" if base == "tiny-llava-next" else "turns"
+    return Measurement(f"{prefix}-{name}", label, _DIALOGUES[base], base=base, reuse_cache=True, **fields)
+
+
+def _baselines(base: str, num_seeds: int) -> list[Measurement]:
+    """The paper's baselines; random pruning with several seeds, each asked about other test scenes."""
+    rows = []
+    for reduction, keep_ratio in _REDUCTIONS.items():
+        for seed in range(num_seeds):
+            settings = {"keep_ratio": keep_ratio, "seed": seed}
+            name = f"random-{reduction}-seed{seed}"
+            rows.append(_turns(base, name, "Random", method="random", settings=settings, seed=seed))
+        for method in ("sample", "spatial"):
+            settings = {"keep_ratio": keep_ratio}
+            rows.append(_turns(base, f"{method}-{reduction}", method.capitalize(), method=method, settings=settings))
+    return rows
+
+
+def _metacompress(
+    base: str, reduction: int, label: str = "MetaCompress", name: str = "", changes: dict[str, Any] | None = None
+) -> Measurement:
+    settings, changes, prefix = {"keep_ratio": _REDUCTIONS[reduction], **_NARROW}, changes or {}, ""
+    if base == "tiny-llava-next":
+        changes, prefix = {**_ON_NEXT, **changes}, "next-"
+    training = Training(f"{prefix}metacompress-{reduction}{name}-seed0", "metacompress", settings, 0, changes)
+    shipped = None if name else f"{base}-metacompress-{reduction}"
+    return _turns(base, f"metacompress-{reduction}{name}", label, training=training, shipped=shipped)
+
+
+def _question_guided(reduction: int) -> list[Measurement]:
+    """Recoverable, guided by the first question, and QG-VTC by the first alone or by each; the trained QG-VTC whose
+    budget is nearest, set to this one."""
+    tokens = max(1, round(144 * _REDUCTIONS[reduction]))
+    trained = min((72, 36, 18), key=lambda budget: abs(budget - tokens))
+    training = Training(f"qg-vtc-{trained}-seed0", "qg-vtc", {"num_visual_tokens": trained})
+    fields = {
+        "settings": {"num_visual_tokens": tokens},
+        "training": training,
+        "shipped": f"tiny-llava-qg-vtc-{trained}",
+    }
+    first = _turns("tiny-llava", f"qg-vtc-{reduction}-first", "QG-VTC, by the first question", **fields)
+    return [
+        _turns("tiny-llava", f"recoverable-{reduction}", "Recoverable", settings=fields["settings"]),
+        first,
+        replace(first, name=f"turns-qg-vtc-{reduction}-each", label="QG-VTC, by each question", reuse_cache=False),
+    ]
+
+
+_NO_CLIP = {"max_grad_value": None}
+
+MULTI_TURN = [
+    *[_turns(base, "base", "uncompressed", method=None) for base in _DIALOGUES],
+    *[_metacompress(base, reduction) for base in _DIALOGUES for reduction in _REDUCTIONS],
+    *_baselines("tiny-llava", 3),
+    *_baselines("tiny-llava-next", 1),
+    *[row for reduction in _REDUCTIONS for row in _question_guided(reduction)],
+    # Table 3 and 6: the terms of the loss, and clipping, which goes with the last.
+    *[
+        _metacompress("tiny-llava", 90, label, name, {f"distillation.{term}": 0 for term in without} | _NO_CLIP)
+        for label, name, without in (
+            ("pred", "-pred", ("entropy", "collapse")),
+            ("pred + entropy", "-entropy", ("collapse",)),
+            ("pred + collapse", "-collapse", ("entropy",)),
+        )
+    ],
+    _metacompress("tiny-llava", 90, "pred + collapse + clip", "-clip", {"distillation.entropy": 0}),
+    _turns(
+        "tiny-llava",
+        "metacompress-90-untrained",
+        "MetaCompress, as it begins",
+        method="metacompress",
+        settings={"keep_ratio": 0.1, **_NARROW},
+    ),
+]
+
 MEASUREMENTS = [
     Measurement("base", "LLaVA, uncompressed", method=None),
-    Measurement("base-dialogue", "LLaVA, uncompressed", "lab-dialogue", method=None),
     *[
         Measurement(
             f"recoverable-{variant}{suffix}", f"Recoverable, {variant}, dynamic", task, settings={"variant": variant}
@@ -138,6 +232,8 @@ MEASUREMENTS = [
     ),
     # Table 3 is "Recoverable, official, dynamic" beside "filter + text".
     *QG_VTC,
+    *MULTI_TURN,
+    Measurement("next", "LLaVA-NeXT, uncompressed", "lab-next-vqa", method=None, base="tiny-llava-next"),
 ]
 
 
@@ -145,7 +241,6 @@ def main(
     seed: int = 0,
     limit: int | None = None,
     results: Path = RESULTS,
-    base: str = "lab:tiny-llava",
     again: bool = False,
     only: str = "*",
 ) -> None:
@@ -155,36 +250,46 @@ def main(
     """
     results, work = Path(os.path.relpath(results)), Path(os.path.relpath(WORK))
     results.mkdir(parents=True, exist_ok=True)
-    converted: dict[str, Path] = {}
     for row in MEASUREMENTS:
         path = results / f"{row.name}.json"
         if not fnmatch.fnmatch(row.name, only) or (path.exists() and not again):
             continue
-        if row.training is not None:
-            checkpoint: str | Path = _trained(row, base, work / "trained")
-        elif row.method is not None:
-            if row.method not in converted:
-                converted[row.method] = work / "converted" / row.method
-                shutil.rmtree(converted[row.method], ignore_errors=True)
-                convert(base, converted[row.method], method=row.method)
-            checkpoint = converted[row.method]
-        else:
-            checkpoint = base
         settings = dict(row.settings)
         if row.same_tokens_as:
             mean = json.loads((results / f"{row.same_tokens_as}.json").read_text())["mean_visual_tokens"]
             settings["num_visual_tokens"] = max(1, round(mean))
         console.print(f"{row.label} on {row.task} {settings}")
         evaluate(
-            checkpoint,
+            _checkpoint(row, work),
             task=row.task,
             limit=limit,
-            seed=seed + (row.training.seed if row.training else 0),
+            seed=seed + row.seed + (row.training.seed if row.training else 0),
             settings=settings or None,
             output=path,
             method_label=row.label,
             dtype="float32",
+            reuse_cache=row.reuse_cache,
         )
+
+
+def _checkpoint(row: Measurement, work: Path) -> str | Path:
+    """What a row asks: trained, converted, or the base itself."""
+    base = f"lab:{row.base}"
+    if row.training is not None:
+        return _trained(row, base, work / "trained")
+    if row.method is None:
+        return base
+    of_weights = METHODS[row.method].backbones[0].config_class.settings_class.shape_fields
+    shape = tuple((name, row.settings[name]) for name in of_weights if name in row.settings)
+    prefix = "" if row.base == "tiny-llava" else f"{row.base}-"
+    return _converted(base, row.method, work / "converted" / f"{prefix}{row.method}", shape)
+
+
+@functools.lru_cache
+def _converted(base: str, method: str, out: Path, shape: tuple[tuple[str, Any], ...]) -> Path:
+    shutil.rmtree(out, ignore_errors=True)
+    convert(base, out, method=method, settings=dict(shape))
+    return out
 
 
 def _trained(row: Measurement, base: str, work: Path) -> str | Path:

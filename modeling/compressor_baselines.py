@@ -54,8 +54,9 @@ def take_positions(sequences: torch.Tensor, positions: torch.Tensor) -> torch.Te
 
 def image_keys(pixel_values: torch.Tensor) -> torch.Tensor:
     """A number for every image that depends on its pixels alone, (images,) int64; absent tiles (zeros) don't count."""
-    bits = pixel_values.flatten(1).view({4: torch.int32, 2: torch.int16}[pixel_values.element_size()])
-    return bits.sum(1, dtype=torch.int64)
+    bits = pixel_values.flatten(1).view({8: torch.int64, 4: torch.int32, 2: torch.int16}[pixel_values.element_size()])
+    weights = 2 * torch.arange(bits.shape[1], device=bits.device) + 1  # so that a mirrored image has another
+    return (bits * weights).sum(1)
 
 
 def _mix(numbers: torch.Tensor) -> torch.Tensor:

@@ -60,9 +60,8 @@ class MetaCompressor(nn.Module):
         """W_q = W_k ~ N(0, 1/d_c), ω = 1: a weighted pooling to begin with (Section 9)."""
         nn.init.normal_(self.w_q, std=self.w_q.shape[1] ** -0.5)
         nn.init.ones_(self.omega)
-        if not getattr(self.w_k, "_is_hf_initialized", False):  # loading leaves what it has read as it is
-            with torch.no_grad():
-                self.w_k.copy_(self.w_q)
+        with torch.no_grad():
+            self.w_k.copy_(self.w_q)
 
     def forward(self, sequences: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Compresses the sequences of images of one length.

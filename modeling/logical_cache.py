@@ -81,6 +81,14 @@ class LogicalCache(Cache):
             remove_from_cache(self.inner, source.shape[1] - kept)
         self.source, self.logical_length, self.has_gaps = source[:, :kept], length, True
 
+    def hide(self, attention_mask: torch.Tensor) -> None:
+        """Takes columns that are cached already out of what later tokens see and of what their positions count, for
+        good: (batch, logical length), 0 where a column goes; a mask of another length says nothing of the cache."""
+        if self.source is None or attention_mask.shape[1] != self.logical_length or self.logical_length == 0:
+            return
+        seen = attention_mask.to(self.source.device).gather(1, self.source.clamp(min=0))
+        self.source, self.has_gaps = self.source.masked_fill(seen == 0, -1), True
+
     def _select(self, rows: torch.Tensor) -> None:
         if self.source is not None:
             self.source = self.source.index_select(0, rows.to(self.source.device))

@@ -217,6 +217,8 @@ class LlavaRecoverableModel(CompressedModelMixin, LlavaModel):
         batch_size, num_columns = inputs_embeds.shape[:2]
         cache = self._wrap_cache(past_key_values, use_cache, batch_size, inputs_embeds.device)
         present = None if attention_mask is None else attention_mask[:, -num_columns:].bool()
+        if cache is not None and attention_mask is not None and num_columns > 1:
+            cache.hide(attention_mask[:, :-num_columns])  # a later turn may leave out what earlier ones said
 
         images, lengths = None, None
         if pixel_values is not None:

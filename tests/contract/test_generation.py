@@ -132,6 +132,24 @@ def test_a_later_turn_on_the_same_cache_gives_what_a_fresh_run_gives(model, proc
     assert torch.equal(again, fresh)
 
 
+def test_a_later_turn_may_leave_out_what_an_earlier_one_said(model, processor, inputs_of):
+    """Its mask has zeros at columns that are cached: an end of sequence that the chat template doesn't write."""
+    inputs = inputs_of(ROWS[0], ROWS[2])
+    first = model.generate(**inputs, **LENGTH, do_sample=False, return_dict_in_generate=True)
+    turn = processor.tokenizer(" USER: is it red ASSISTANT:", add_special_tokens=False)["input_ids"]
+    ids = torch.cat([first.sequences, torch.tensor([turn, turn])], dim=1)
+    new_columns = torch.ones(2, ids.shape[1] - inputs["attention_mask"].shape[1], dtype=torch.long)
+    mask = torch.cat([inputs["attention_mask"], new_columns], dim=1)
+    mask[0, first.sequences.shape[1] - 4 : first.sequences.shape[1]] = 0
+    mask[1, first.sequences.shape[1] - 1] = 0
+    visual = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    fresh = model.generate(input_ids=ids, attention_mask=mask, **visual, **LENGTH, do_sample=False)
+    kept = model.generate(
+        input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **LENGTH, do_sample=False
+    )
+    assert torch.equal(kept, fresh)
+
+
 def _placeholders(processor, inputs, image_token: int) -> int:
     return int((inputs["input_ids"][0] == image_token).sum())
 

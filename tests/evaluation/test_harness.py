@@ -15,6 +15,7 @@ from foveate.errors import FoveateError
 from foveate.evaluation import harness
 from foveate.evaluation.benchmark_compression import Shapes, benchmark
 from foveate.evaluation.harness import TASKS, evaluate, lab_dialogues, lab_questions, open_checkpoint
+from foveate.evaluation.metrics import wilson_interval
 from foveate.evaluation.results import write_results
 from foveate.lab.scenes import QUESTION_TYPES
 
@@ -69,7 +70,15 @@ class TestTheQuestions:
         assert set(splits) == {"test"}
 
     def test_the_default_numbers(self):
-        assert {name: task.num_examples for name, task in TASKS.items()} == {"lab-vqa": 1200, "lab-dialogue": 400}
+        numbers = {name: task.num_examples for name, task in TASKS.items()}
+        assert numbers == {
+            "lab-vqa": 1200,
+            "lab-dialogue": 1000,
+            "lab-next-vqa": 1200,
+            "lab-next-dialogue": 1000,
+            "mt-vqa-v2": 25_000,
+            "mt-gqa": None,
+        }
 
 
 class TestAResult:
@@ -149,11 +158,11 @@ class TestDialogues:
         """Conversations as they are asked; every answer is "turn <number>", and right in the first turn only."""
         conversations = []
 
-        def answer(checkpoint, asked, images):
+        def answer(checkpoint, asked, images, *_):
             conversations.append(json.loads(json.dumps(asked)))
             turn = (len(asked[0]) + 1) // 2
             examples = [next(e for e in examples_ if e.image.tobytes() == image.tobytes()) for image in images]
-            answers = [e.turns[0].answer if turn == 1 else f"turn {turn}" for e in examples]
+            answers = [e.turns[0].answers[0] if turn == 1 else f"turn {turn}" for e in examples]
             return answers, [5] * len(asked)
 
         examples_ = list(lab_dialogues(4, seed=0))
@@ -175,6 +184,8 @@ class TestDialogues:
         assert [share["n"] for share in result["by_turn"]] == [4, 4, 4]
         assert result["n"] == 4 and result["exact_match"]["n"] == 12
         assert result["exact_match"]["value"] == pytest.approx(1 / 3)
+        assert result["exact_match"]["interval"] == pytest.approx(wilson_interval(4 / 3, 4))  # dialogues, not turns
+        assert result["by_turn"][0]["interval"] == pytest.approx(wilson_interval(4, 4))
         assert result["mean_visual_tokens"] == 5  # an image counts once, not once a turn
 
 
@@ -282,6 +293,9 @@ class TestBadInput:
             ({"dtype": "float31"}, "no dtype 'float31'"),
             ({"dtype": "nn"}, "no dtype 'nn'"),
             ({"device": "abacus"}, "no device 'abacus'"),
+            ({"data": os.curdir}, "lab-vqa reads no files"),
+            ({"images": os.curdir}, "lab-vqa reads no files"),
+            ({"task": "mt-gqa"}, "--data names the folder with testdev_balanced_questions.json"),
         ],
     )
     def test_is_refused_before_anything_is_computed(self, arguments, complaint, checkpoints, monkeypatch):

@@ -138,6 +138,22 @@ class TestCommands:
         for word in words:
             assert str(word) in result["command"]
 
+    def test_evaluate_on_published_files(self, originals, place):
+        """Three dialogues about three images, one of which is missing."""
+        rows = {str(i): {"imageId": f"n{i // 3}", "question": "what is it", "answer": "red"} for i in range(9)}
+        Path("gqa/images").mkdir(parents=True)
+        Path("gqa/testdev_balanced_questions.json").write_text(json.dumps(rows))
+        for index in range(2):
+            draw_scene(sample_scene("test", index)).save(f"gqa/images/n{index}.jpg")
+        words = ("--task", "mt-gqa", "--data", "gqa", "--reuse-cache", "--skip-missing")
+        found = run("evaluate", originals / "compressed", *words, "--json", "result.json")
+        assert found.exit_code == 0, found.output
+        assert "exact match" in found.stdout and "turn 3" in found.stdout
+        assert "Left out 1 dialogue(s)" in found.stdout and "questions 6, 7, 8" in found.stdout
+        result = json.loads(Path("result.json").read_text())
+        assert (result["n"], result["reuse_cache"], result["skipped"]["n"]) == (2, True, 1)
+        assert all(word in result["command"] for word in words)
+
 
 class TestSettings:
     def test_are_json_or_text(self):
@@ -201,6 +217,9 @@ class TestBadInput:
             (("--set", "num_visual_tokens=10"), "choose at most 9"),
             (("--set", "colour=red"), "Unknown compression setting 'colour'"),
             (("--device", "abacus"), "no device"),
+            (("--task", "mt-vqa-v2"), "--data names the folder"),
+            (("--task", "mt-vqa-v2", "--data", "nowhere"), "no folder nowhere"),
+            (("--data", "nowhere"), "reads no files"),
         ],
     )
     def test_of_evaluate(self, words, complaint, originals, place):

@@ -91,15 +91,15 @@ def test_bf16_follows_fp32(trained):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_long_tokens_are_no_trouble_in_half_precision(dtype):
-    """Their scores are beyond float16's range before they are scaled, and far beyond bfloat16's digits."""
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 0.3), (torch.bfloat16, 1.0), (torch.float16, 16.0)])
+def test_scores_are_as_fine_as_float32_has_them(dtype, scale):
+    """bfloat16 would round them by a tenth and more; those of long tokens are beyond float16's range."""
     compressor = make_compressor(width=1024, key_width=256, trained=False, dtype=dtype)
-    sequences = 16 * make_sequences(2, 48, width=1024, dtype=dtype)
+    sequences = scale * make_sequences(2, 48, width=1024, dtype=dtype)
     tokens, matrices = compressor(sequences, 8)
-    expected, expected_matrices = compressor.float()(sequences.float(), 8)
+    _, expected = compressor.float()(sequences.float(), 8)
     assert tokens.isfinite().all()
-    torch.testing.assert_close(matrices, expected_matrices, atol=0.1, rtol=0)
+    torch.testing.assert_close(matrices, expected, atol=0.015, rtol=0)
 
 
 def test_every_parameter_gets_a_gradient():

@@ -99,7 +99,7 @@ def test_a_bad_file_is_refused(tmp_path, text, message):
 
 
 def test_a_method_or_file_without_a_recipe(tmp_path):
-    with pytest.raises(FoveateError, match="no training recipe for 'recoverable': there is one for metacompress, qg-vtc"):
+    with pytest.raises(FoveateError, match="no training recipe for 'recoverable': there is one for metacompress"):
         read_stage("recoverable", 1)
     with pytest.raises(FoveateError, match="no recipe file"):
         read_stage("qg-vtc", 1, tmp_path / "none.yaml")
