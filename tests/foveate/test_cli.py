@@ -103,6 +103,18 @@ class TestCommands:
         compression = json.loads(Path("out/config.json").read_text())["compression"]
         assert (compression["num_visual_tokens"], compression["variant"]) == (4, "paper")
 
+    def test_convert_to_a_share_of_the_tokens(self, originals, place):
+        run("convert", originals / "base", "out", "--method", "metacompress", "--keep-ratio", "0.5")
+        block = json.loads((place / "out" / "config.json").read_text())["compression"]
+        assert (block["keep_ratio"], block["num_visual_tokens"]) == (0.5, None)
+        run(
+            "convert",
+            *map(str, (originals / "base", "other", "--text-encoder", originals / "clip")),
+            "--keep-ratio",
+            "0.5",
+        )
+        assert json.loads((place / "other" / "config.json").read_text())["compression"]["num_visual_tokens"] == 4
+
     def test_ask(self, originals, place):
         words = ("--compare", originals / "base", "--show", "shown.png", "--max-new-tokens", 2)
         found = run("ask", originals / "compressed", "lab:3", QUESTION, *words)
@@ -281,6 +293,12 @@ class TestConversionThatFails:
     def test_an_unknown_method_or_setting(self, originals, place):
         assert_refused("no method 'magic'", *self.convert(originals, "--method", "magic"))
         assert_refused("'colour'", *self.convert(originals, "--set", "colour=red"))
+
+    def test_a_budget_out_of_range_or_said_twice(self, originals, place):
+        base = "convert", originals / "base", "out", "--method", "sample"
+        assert_refused("above 0 and at most 1, not 1.5", *base, "--keep-ratio", "1.5")
+        assert_refused("give one of them", *base, "--keep-ratio", "0.5", "--num-visual-tokens", "4")
+        assert_refused("choose at most 9", *base, "--num-visual-tokens", "10")
 
 
 class TestOtherEnds:

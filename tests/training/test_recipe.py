@@ -20,6 +20,16 @@ def test_the_papers_values():
     assert (first.lab_examples, second.lab_examples) == ("descriptions", "questions")
 
 
+def test_metacompress_papers_values():
+    """Section 6.1 and Algorithm 1."""
+    stage = read_stage("metacompress", 1)
+    assert stage.learning_rate == {"compressor": 1e-3}
+    assert (stage.optimizer, stage.max_grad_value, stage.max_grad_norm) == ("sgd", 1e-2, None)
+    assert (stage.epochs, stage.batch_size, stage.dialogues, stage.lora) == (2, 36, True, None)
+    weights = stage.distillation
+    assert (weights.prediction, weights.entropy, weights.collapse) == (1, 1, 1)
+
+
 def test_values_change_by_their_path():
     changes = {
         "max_steps": 300,
@@ -57,6 +67,14 @@ def test_every_recipe_reads():
         ({"lora.rank": 8}, "no key 'lora.rank'; the keys are lora.r, lora.alpha"),
         ({"lora": {"alpha": 1, "learning_rate": 1}}, "lora.r is missing"),
         ({"learning_rate": 1e-3}, "learning_rate.MODULE"),
+        ({"optimizer": "adam"}, "optimizer must be one of adamw, sgd, not 'adam'"),
+        ({"max_grad_value": 0}, "max_grad_value must be a number above 0"),
+        ({"distillation.entropie": 1}, "no key 'distillation.entropie'; the keys are distillation.prediction"),
+        ({"distillation.entropy": -1}, "distillation.entropy must be a number at least 0"),
+        (
+            {"distillation": {"prediction": 0, "entropy": 0, "collapse": 0}},
+            "there would be nothing to learn from",
+        ),
         ({"learning_rate.question_projector": "fast"}, "learning_rate.question_projector must be a number above 0"),
         ({"learning_rate": {}, "lora": None}, "nothing would train"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
