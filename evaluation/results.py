@@ -1,8 +1,8 @@
 """`python -m foveate.evaluation.results`: tables and plots of the lab's results, from the JSON files alone.
 
-It reads every file of `lab/results/`: what `foveate evaluate --json` wrote, `training.json`, the lab's own account of
-its training, and `kept.json`, where the kept patches lie; and writes `lab/RESULTS.md` and the plots beside the files. A
-new method adds files, not code.
+It reads every file of `lab/results/`: what `foveate evaluate --json` wrote, `training*.json`, the lab's own accounts of
+its trainings, `kept.json`, where the kept patches lie, and `matrices.json`, what compression matrices are like; and
+writes `lab/RESULTS.md` and the plots beside the files. A new method adds files, not code.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from .metrics import METRICS, wilson_interval
 
 
 LAB_FOLDER = Path(lab.__file__).parent
-TRAINING_FILE, KEPT_FILE = "training.json", "kept.json"
+TRAININGS = {"training.json": "Training of the lab model", "training-next.json": "Training of the model for tiles"}
+KEPT_FILE, MATRICES_FILE = "kept.json", "matrices.json"
 _HEAD = """# Results
 
 Made by `python -m foveate.evaluation.results` from the files in `{folder}/`; don't edit by hand. Answers are compared
 exactly; intervals are 95 % (Wilson). Test scenes use handwritten digits that training never saw. What the commands name
-`lab/work/converted/METHOD` is made by `foveate convert lab:tiny-llava lab/work/converted/METHOD --method METHOD`, and
+`lab/work/converted/METHOD` is made by `foveate convert lab:tiny-llava lab/work/converted/METHOD --method METHOD` (with
+`--set key_width=64` for metacompress; `tiny-llava-next-METHOD` is of `lab:tiny-llava-next`), and
 `lab/work/trained/NAME` by `python -m foveate.lab.experiments --only NAME`: it converts, and trains with the recipe in
 `lab/recipes/`. A row of several seeds pools them: each is another training, asked about other test scenes.
 """
@@ -52,7 +54,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """
     results = []
     for path in sorted(folder.glob("*.json")):
-        if path.name in (TRAINING_FILE, KEPT_FILE):
+        if path.name in (*TRAININGS, KEPT_FILE, MATRICES_FILE):
             continue
         result = _read(path)
         missing = sorted(_NEEDED - set(result))
@@ -214,11 +216,11 @@ def _escape(value: Any) -> str:
     return (value if isinstance(value, str) else json.dumps(value)).replace("|", r"\|").replace("\n", " ")
 
 
-def training_section(content: dict[str, Any]) -> str:
-    """The lab's account of its training, in Markdown: a table for each stage or other group of numbers."""
+def training_section(title: str, content: dict[str, Any]) -> str:
+    """The lab's account of a training, in Markdown: a table for each stage or other group of numbers."""
     single = {key: value for key, value in content.items() if not isinstance(value, dict)}
     groups = {"": single, **{key: value for key, value in content.items() if isinstance(value, dict)}}
-    parts = ["## Training of the lab model\n"]
+    parts = [f"## {title}\n"]
     for name, values in groups.items():
         rows = [f"| {key.replace('_', ' ')} | {_number(value)} |" for key, value in _flat(values)]
         if rows:
@@ -240,6 +242,24 @@ def kept_section(content: dict[str, Any]) -> str:
         if name != "command":
             numbers = (f"{100 * shares[key]:.1f}" for key in ("asked", "objects", "objects_by_chance"))
             lines.append(f"| {_escape(name)} | {' | '.join(numbers)} | {shares['n']} | {shares['seed']} |")
+    return "\n".join(lines) + "\n"
+
+
+def matrices_section(content: dict[str, Any], picture: str | None) -> str:
+    """What compression matrices are like, in Markdown: what `python -m foveate.lab.matrices` wrote."""
+    lines = [
+        "## Compression matrices\n",
+        *([f"![compression matrices]({picture})\n"] if picture else []),
+        "Means over test scenes: entropy of a row in nats; how many tokens hang on the source that is used most; the "
+        "share of tokens whose strongest source no other token has; and the share of strongest sources in a cell with "
+        f"an object (56 % by chance). `{content['command']}`\n",
+        "| checkpoint | entropy | on one source | distinct sources, % | on objects, % | n | seed |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, found in content["matrices"].items():
+        objects = f"{100 * found['objects']:.1f}" if "objects" in found else ""
+        numbers = f"{found['entropy']:.3f}", f"{found['collapse']:.2f}", f"{100 * found['distinct']:.1f}", objects
+        lines.append(f"| {_escape(name)} | {' | '.join(numbers)} | {found['n']} | {found['seed']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -334,15 +354,14 @@ def write_results(folder: Path = LAB_FOLDER / "results", out: Path = LAB_FOLDER 
     Raises:
         FoveateError: there is nothing to report, or a file that can't be read.
     """
-    results, training = read_results(folder), folder / TRAINING_FILE
-    if not results and not training.exists():
+    results, trainings = read_results(folder), [name for name in TRAININGS if (folder / name).exists()]
+    if not results and not trainings:
         raise FoveateError(
             f"There are no results in {folder}: run `foveate evaluate … --json {folder}/NAME.json` first."
         )
     shown = folder.relative_to(out.parent).as_posix() if folder.is_relative_to(out.parent) else folder.as_posix()
     parts, plots = [_HEAD.format(folder=shown)], []
-    if training.exists():
-        parts.append(training_section(_read(training)))
+    parts += [training_section(TRAININGS[name], _read(folder / name)) for name in trainings]
     for task in sorted({result["task"] for result in results}, key=_task_order):
         of_task = [result for result in results if result["task"] == task]
         plots.append(folder / f"{task}.png")
@@ -350,6 +369,10 @@ def write_results(folder: Path = LAB_FOLDER / "results", out: Path = LAB_FOLDER 
         parts.append(task_section(task, of_task, f"{shown}/{plots[-1].name}"))
     if (folder / KEPT_FILE).exists():
         parts.append(kept_section(_read(folder / KEPT_FILE)))
+    if (folder / MATRICES_FILE).exists():
+        picture = (folder / MATRICES_FILE).with_suffix(".png")
+        shown_picture = f"{shown}/{picture.name}" if picture.exists() else None
+        parts.append(matrices_section(_read(folder / MATRICES_FILE), shown_picture))
     out.write_text("\n".join(parts), encoding="utf-8")
     return [out, *plots]
 

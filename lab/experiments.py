@@ -123,7 +123,7 @@ QG_VTC = [
 _REDUCTIONS = {50: 0.5, 70: 0.3, 90: 0.1, 95: 0.05}
 _NARROW = {"key_width": 64}  # of MetaCompress; the lab's language models are 192 wide
 _DIALOGUES = {"tiny-llava": "lab-dialogue", "tiny-llava-next": "lab-next-dialogue"}
-_ON_NEXT = {"data": "lab-next:8192", "batch_size": 12}  # its images have five times as many tokens
+_ON_NEXT = {"data": "lab-next:8192", "batch_size": 12, "max_steps": 100}  # images of five times as many tokens
 
 
 def _turns(base: str, name: str, label: str, **fields: Any) -> Measurement:

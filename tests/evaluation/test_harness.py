@@ -252,6 +252,15 @@ class TestThePageOfResults:
         write_results(folder, tmp_path / "RESULTS.md")
         assert "| a checkpoint | 25.0 | 50.0 | 40.0 | 7 | 0 |" in (tmp_path / "RESULTS.md").read_text()
 
+    def test_says_what_compression_matrices_are_like(self, folder, tmp_path):
+        numbers = {"entropy": 0.25, "collapse": 2, "distinct": 0.5, "n": 7, "seed": 0}
+        content = {"command": "a command", "matrices": {"tiles": numbers, "one tile": {**numbers, "objects": 0.75}}}
+        (folder / "matrices.json").write_text(json.dumps(content))
+        write_results(folder, tmp_path / "RESULTS.md")
+        page = (tmp_path / "RESULTS.md").read_text()
+        assert "| tiles | 0.250 | 2.00 | 50.0 |  | 7 | 0 |" in page
+        assert "| one tile | 0.250 | 2.00 | 50.0 | 75.0 | 7 | 0 |" in page
+
     def test_is_the_same_each_time(self, folder, tmp_path):
         first, second = ([path.read_bytes() for path in write_results(folder, tmp_path / "R.md")] for _ in range(2))
         assert first == second
