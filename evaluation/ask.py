@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import FoveateError
+from ..lab.large_scenes import draw_large_scene
 from ..lab.scenes import draw_scene, sample_scene
 from ..modeling.compatibility import iterate_cache_tensors
 from ..modeling.compressed_model import TokenProvenance
@@ -23,7 +24,7 @@ from .harness import Checkpoint, open_checkpoint, require_writable, visual_token
 from .picture import SeenImage, draw_compression, seen_image
 
 
-LAB_PREFIX = "lab:"
+LAB_PICTURES = {"lab": draw_scene, "lab-next": draw_large_scene}
 _NUM_TIMINGS = 3
 
 
@@ -72,7 +73,7 @@ def ask(
 
     Args:
         checkpoint: a folder, a hub id, or `lab:NAME`; compressed, or a base.
-        image: a path, a picture, or `lab:NUMBER` for a test scene of the lab.
+        image: a path, a picture, or `lab:NUMBER` or `lab-next:NUMBER` for a test scene of the lab.
         question: what to ask; it also guides the compression where the method is guided.
         compare: a checkpoint of the uncompressed model that is asked and timed as well, in the same dtype.
         show: where to save a picture of what became of each patch.
@@ -213,16 +214,16 @@ def _times_to_first_token(asked: Iterable[_Asked]) -> list[float]:
 
 
 def open_image(image: str | Path | Image.Image) -> Image.Image:
-    """A picture the right way up, from a path, `lab:NUMBER` or a picture.
+    """A picture the right way up, from a path, `lab:NUMBER`, `lab-next:NUMBER` (a larger scene) or a picture.
 
     Raises:
         FoveateError: there is no such file, or it is not an image, or a damaged one.
     """
-    if isinstance(image, str) and image.startswith(LAB_PREFIX):
-        index = image.removeprefix(LAB_PREFIX)
+    world, colon, index = image.partition(":") if isinstance(image, str) else ("", "", "")
+    if colon and world in LAB_PICTURES:
         if not index.isdecimal():
-            raise FoveateError(f"{image} is no scene of the lab: give a number, for instance lab:0.")
-        return draw_scene(sample_scene("test", int(index)))
+            raise FoveateError(f"{image} is no scene of the lab: give a number, for instance {world}:0.")
+        return LAB_PICTURES[world](sample_scene("test", int(index)))
     try:
         picture = image if isinstance(image, Image.Image) else Image.open(Path(image).expanduser())
         return ImageOps.exif_transpose(picture)  # reads it to the end

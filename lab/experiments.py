@@ -153,7 +153,7 @@ def _metacompress(
     if base == "tiny-llava-next":
         changes, prefix = {**_ON_NEXT, **changes}, "next-"
     training = Training(f"{prefix}metacompress-{reduction}{name}-seed0", "metacompress", settings, 0, changes)
-    shipped = None if name else f"{base}-metacompress-{reduction}"
+    shipped = None if name or prefix else f"{base}-metacompress-{reduction}"
     return _turns(base, f"metacompress-{reduction}{name}", label, training=training, shipped=shipped)
 
 
@@ -176,7 +176,7 @@ def _question_guided(reduction: int) -> list[Measurement]:
     ]
 
 
-_NO_CLIP = {"max_grad_value": None}
+_NO_CLIP, _SHORT = {"max_grad_value": None}, {"max_steps": 100}
 
 MULTI_TURN = [
     *[_turns(base, "base", "uncompressed", method=None) for base in _DIALOGUES],
@@ -184,16 +184,17 @@ MULTI_TURN = [
     *_baselines("tiny-llava", 3),
     *_baselines("tiny-llava-next", 1),
     *[row for reduction in _REDUCTIONS for row in _question_guided(reduction)],
-    # Table 3 and 6: the terms of the loss, and clipping, which goes with the last.
+    # Table 3 and 6: the terms of the loss, and clipping, which goes with the last; in half as many steps.
     *[
-        _metacompress("tiny-llava", 90, label, name, {f"distillation.{term}": 0 for term in without} | _NO_CLIP)
-        for label, name, without in (
-            ("pred", "-pred", ("entropy", "collapse")),
-            ("pred + entropy", "-entropy", ("collapse",)),
-            ("pred + collapse", "-collapse", ("entropy",)),
+        _metacompress("tiny-llava", 90, label, name, {f"distillation.{term}": 0 for term in without} | limits | _SHORT)
+        for label, name, without, limits in (
+            ("pred", "-pred", ("entropy", "collapse"), _NO_CLIP),
+            ("pred + entropy", "-entropy", ("collapse",), _NO_CLIP),
+            ("pred + collapse", "-collapse", ("entropy",), _NO_CLIP),
+            ("pred + collapse + clip", "-clip", ("entropy",), {}),
+            ("pred + entropy + collapse + clip", "-all", (), {}),
         )
     ],
-    _metacompress("tiny-llava", 90, "pred + collapse + clip", "-clip", {"distillation.entropy": 0}),
     _turns(
         "tiny-llava",
         "metacompress-90-untrained",

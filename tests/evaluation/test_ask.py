@@ -10,6 +10,7 @@ from foveate.errors import FoveateError
 from foveate.evaluation import picture as drawing
 from foveate.evaluation.ask import ask, kv_bytes_by_account, open_image
 from foveate.evaluation.harness import evaluate, open_checkpoint
+from foveate.lab.large_scenes import draw_large_scene
 from foveate.lab.scenes import draw_scene, sample_scene
 from foveate.modeling.modeling_qgvtc import ROLE_NAMES
 
@@ -139,6 +140,7 @@ class TestImages:
 
     def test_a_scene_of_the_lab(self):
         assert open_image("lab:3").tobytes() == draw_scene(sample_scene("test", 3)).tobytes()
+        assert open_image("lab-next:3").tobytes() == draw_large_scene(sample_scene("test", 3)).tobytes()
 
     def test_one_that_lies_on_its_side(self, tmp_path):
         exif = Image.Exif()
@@ -146,7 +148,7 @@ class TestImages:
         Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
         assert open_image(tmp_path / "turned.jpg").size == (20, 40)
 
-    @pytest.mark.parametrize("name", ["lab:", "lab:-1", "lab:first"])
+    @pytest.mark.parametrize("name", ["lab:", "lab:-1", "lab:first", "lab-next:first"])
     def test_no_such_scene(self, name):
         with pytest.raises(FoveateError, match="no scene of the lab"):
             open_image(name)
