@@ -193,6 +193,9 @@ MULTI_TURN = [
             ("pred + collapse", "-collapse", ("entropy",), _NO_CLIP),
             ("pred + collapse + clip", "-clip", ("entropy",), {}),
             ("pred + entropy + collapse + clip", "-all", (), {}),
+            # Not in the paper: is it the terms, or the clipping?
+            ("pred + clip", "-pred-clipped", ("entropy", "collapse"), {}),
+            ("pred + entropy + clip", "-entropy-clipped", ("collapse",), {}),
         )
     ],
     _turns(
