@@ -37,8 +37,11 @@ lab: $(VENV)/.installed-test
 results: $(VENV)/.installed-test
 	$(BIN)/python -m foveate.lab.experiments
 	test -e lab/results/kept.json || $(BIN)/python -m foveate.lab.kept $(KEPT:%=lab/work/trained/qg-vtc-18%) --json lab/results/kept.json
+	test -e lab/results/matrices.json || $(BIN)/python -m foveate.lab.matrices $(MATRICES) --limit 200 --json lab/results/matrices.json --show lab/results/matrices.png
 	$(BIN)/python -m foveate.evaluation.results
 
+MATRICES := lab/work/converted/metacompress lab:tiny-llava-metacompress-90 \
+    $(patsubst %,lab/work/trained/metacompress-90-%-seed0,pred pred-clipped collapse clip) lab:tiny-llava-metacompress-50
 KEPT := -seed0-stage0 -seed0 -fast-seed0 -fast-seed1 -question-seed0 -question-fast-seed0 -recycle-seed0 -neither-seed0
 
 benchmark: $(VENV)/.installed-eval

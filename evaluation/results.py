@@ -297,7 +297,8 @@ def plot(task: str, results: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     labels = list(dict.fromkeys(result["label"] for result in results))
-    figure, axes = plt.subplots(figsize=(7, 4.5 + 0.18 * max(0, len(labels) - 8)), dpi=130, layout="constrained")
+    many = len(labels) > 8  # then the legend stands beside the plot
+    figure, axes = plt.subplots(figsize=(11 if many else 7, 5.5 if many else 4.5), dpi=110, layout="constrained")
     for index, label in enumerate(labels):
         runs = [result for result in results if result["label"] == label]
         is_base = runs[0]["compression"] is None
@@ -314,7 +315,10 @@ def plot(task: str, results: list[dict[str, Any]], path: Path) -> None:
         ylabel=f"{METRICS[metric_of(results[0])].title}, % (95 % interval)",
     )
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    if many:
+        figure.legend(frameon=False, loc="outside right upper")
+    else:
+        axes.legend(frameon=False)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 

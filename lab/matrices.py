@@ -107,8 +107,9 @@ def main(
     found = {_name(checkpoint): measure(checkpoint, limit) for checkpoint in checkpoints}
     for name, numbers in found.items():
         print(name, {key: round(value, 3) for key, value in numbers.items()})
-    command = f"python -m foveate.lab.matrices {' '.join(checkpoints)} --json {json_file}"
-    write_json({"command": command + (f" --show {show}" if show else ""), "matrices": found}, json_file)
+    words = ["python -m foveate.lab.matrices", *checkpoints, f"--limit {limit} --json {json_file}"]
+    words += [f"--show {show}"] if show else []
+    write_json({"command": " ".join(words), "matrices": found}, json_file)
 
 
 def _name(checkpoint: str) -> str:
