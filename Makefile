@@ -32,6 +32,7 @@ format: $(VENV)/.installed-dev
 
 lab: $(VENV)/.installed-test
 	$(BIN)/python -m foveate.lab.train
+	$(BIN)/python -m foveate.lab.next
 	$(MAKE) results
 
 results: $(VENV)/.installed-test

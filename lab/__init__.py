@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-BASES = {"tiny-llava": "tiny-clip"}
+BASES = {"tiny-llava": "tiny-clip", "tiny-llava-next": "tiny-clip"}
 """The lab's base models, each with the CLIP checkpoint whose text tower is aligned with its vision tower."""
 
 _WEIGHTS = Path(__file__).parent / "weights"

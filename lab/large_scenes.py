@@ -2,16 +2,21 @@
 
 A canvas is 2 × 2, 2 × 1, 1 × 2, 3 × 1 or 1 × 3 tiles of 168 pixels. Each of the nine places is a block of cells of
 56 pixels, and its object lies in one of them at its usual size: no tile boundary cuts it, and it is small in the
-overview. The finished picture has many sizes. All choices come from the scene's own streams.
+overview. The background's tint changes from left to right and from top to bottom, so that a patch shows by itself
+roughly which part of the picture it is from, as in most photographs. (Without, a patch's column follows from nothing
+but its distance to the last newline, which so small a language model hardly learns to measure.) The finished picture
+has many sizes. All choices come from the scene's own streams.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from PIL import Image
 
-from .scenes import CELL_SIZE, GRID, IMAGE_SIZE, PLACES, Scene, background, draw_brush, paint
+from .scenes import CELL_SIZE, GRID, IMAGE_SIZE, PLACES, Brush, Scene, background, draw_brush, paint
 
 
 SHAPES_IN_TILES = ((2, 2), (2, 1), (1, 2), (3, 1), (1, 3))
@@ -20,6 +25,7 @@ SHAPES_IN_TILES = ((2, 2), (2, 1), (1, 2), (3, 1), (1, 3))
 PINPOINTS = [[168, 336], [336, 168], [336, 336], [504, 168], [168, 504]]
 """(Height, width) of the canvases in pixels, as LLaVA-NeXT's `image_grid_pinpoints`."""
 
+_TINT = 14  # as strong as the random tints that the vision tower knows
 _CANVAS_STREAM = 2**31  # far from those of questions and trainings
 _SMALLEST_TILE, _LARGEST_TILE = 143, 193  # 0.85 and 1.15 of a tile
 
@@ -33,6 +39,10 @@ class Canvas:
     columns: int
     cells: tuple[tuple[int, int], ...]
     size: tuple[int, int]
+
+    def tile_of(self, cell: tuple[int, int]) -> int:
+        """Which tile a cell is in, counted along the rows."""
+        return cell[0] // GRID * self.columns + cell[1] // GRID
 
 
 def canvas_of(scene: Scene) -> Canvas:
@@ -56,12 +66,43 @@ def canvas_of(scene: Scene) -> Canvas:
 def draw_large_scene(scene: Scene, augment: bool = False) -> Image.Image:
     """The picture of a scene on its canvas; `augment` as in `draw_scenes`."""
     canvas = canvas_of(scene)
-    random = scene.random(1)
-    picture = background(random, canvas.rows, canvas.columns)
-    brushes = [draw_brush(random, item, augment) for item in scene.objects]
-    cells = picture.unfold(1, CELL_SIZE, CELL_SIZE).unfold(2, CELL_SIZE, CELL_SIZE)  # (rgb, rows, columns, 56, 56)
-    rows, columns = [row for row, _ in canvas.cells], [column for _, column in canvas.cells]
-    painted, _ = paint(cells[:, rows, columns].transpose(0, 1), list(scene.sprites), brushes, augment)
-    cells[:, rows, columns] = painted.transpose(0, 1)
+    picture, brushes = _begin(scene, augment)
+    _put(picture, canvas.cells, list(scene.sprites), brushes, augment)
     drawn = Image.fromarray(picture.clamp(0, 255).byte().permute(1, 2, 0).numpy())
     return drawn.resize(canvas.size, Image.Resampling.BICUBIC)
+
+
+def draw_in_one_tile(scene: Scene, augment: bool = False) -> torch.Tensor:
+    """For each tile of the canvas its objects, drawn as there, but at their places in a picture of one tile, uint8
+    (rows · columns, 3, 168, 168)."""
+    canvas = canvas_of(scene)
+    _, brushes = _begin(scene, augment)
+    pictures = background(scene.random(1)).repeat(canvas.rows * canvas.columns, 1, 1, 1)
+    for tile, picture in enumerate(pictures):
+        here = [n for n, cell in enumerate(canvas.cells) if canvas.tile_of(cell) == tile]
+        if here:
+            places = [divmod(PLACES.index(scene.objects[n].place), GRID) for n in here]
+            _put(picture, places, [scene.sprites[n] for n in here], [brushes[n] for n in here], augment)
+    return pictures.clamp(0, 255).byte()
+
+
+def _begin(scene: Scene, augment: bool) -> tuple[torch.Tensor, list[Brush]]:
+    """The empty canvas and what its objects are drawn with."""
+    canvas, random = canvas_of(scene), scene.random(1)
+    picture = background(random, canvas.rows, canvas.columns, _tint(canvas))
+    return picture, [draw_brush(random, item, augment) for item in scene.objects]
+
+
+def _tint(canvas: Canvas) -> torch.Tensor:
+    """From blue at the left to red at the right, and greener towards the bottom, (3, height, width)."""
+    down, right = (torch.linspace(-1, 1, IMAGE_SIZE * tiles) for tiles in (canvas.rows, canvas.columns))
+    down, right = torch.meshgrid(down, right, indexing="ij")
+    return _TINT * torch.stack([right, down, -right])
+
+
+def _put(picture: torch.Tensor, places: Sequence, sprites: list[int], brushes: list[Brush], augment: bool) -> None:
+    """Draws the objects into cells of the picture, given as (row, column)."""
+    cells = picture.unfold(1, CELL_SIZE, CELL_SIZE).unfold(2, CELL_SIZE, CELL_SIZE)  # (rgb, rows, columns, 56, 56)
+    rows, columns = [row for row, _ in places], [column for _, column in places]
+    painted, _ = paint(cells[:, rows, columns].transpose(0, 1), sprites, brushes, augment)
+    cells[:, rows, columns] = painted.transpose(0, 1)

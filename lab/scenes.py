@@ -255,15 +255,16 @@ def paint(
     return under + alpha[:, None] * (tint * shade - under), alpha
 
 
-def background(random: np.random.Generator, rows: int = 1, columns: int = 1) -> torch.Tensor:
-    """Dark, slowly varying and grainy, (3, rows · 168, columns · 168) in 0–255."""
+def background(
+    random: np.random.Generator, rows: int = 1, columns: int = 1, tint: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Dark, slowly varying and grainy, (3, rows · 168, columns · 168) in 0–255, with `tint` or a random one."""
     size = (rows * IMAGE_SIZE, columns * IMAGE_SIZE)
-    coarse = torch.tensor(
-        random.uniform(20, 110, (1, 1, 4 * rows, 4 * columns)) + random.uniform(-12, 12, (1, 3, 1, 1))
-    )
+    light, hue = random.uniform(20, 110, (1, 1, 4 * rows, 4 * columns)), random.uniform(-12, 12, (1, 3, 1, 1))
+    coarse = torch.tensor(light + (hue if tint is None else np.zeros_like(hue)))
     smooth = F.interpolate(coarse.float(), size=size, mode="bilinear", align_corners=False)[0]
     grain = random.integers(0, 256, (3, *size), dtype=np.uint8)
-    return smooth + (torch.from_numpy(grain).float() - 128) * 0.12
+    return smooth + (0 if tint is None else tint) + (torch.from_numpy(grain).float() - 128) * 0.12
 
 
 def _jitter(random: np.random.Generator, smallest: int) -> np.ndarray:

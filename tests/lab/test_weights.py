@@ -84,7 +84,7 @@ def test_what_the_next_base_is_trained_on_is_what_it_generates_from():
     batch = speaker.batch(0, "validation", batch_size=1)
     dialogues = batch["dialogues"][0]
     with torch.no_grad():
-        together = speaker.logits(batch["images"][0], dialogues)
+        together, _ = speaker(batch["images"][0], dialogues)
     processor = LlavaNextProcessor.from_pretrained(lab_folder("tiny-llava-next"))
     picture = draw_large_scene(sample_scene("validation", 0, seed=3))
     inputs = processor(images=[picture], text=["USER: <image>"], return_tensors="pt")
