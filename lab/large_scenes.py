@@ -40,10 +40,6 @@ class Canvas:
     cells: tuple[tuple[int, int], ...]
     size: tuple[int, int]
 
-    def tile_of(self, cell: tuple[int, int]) -> int:
-        """Which tile a cell is in, counted along the rows."""
-        return cell[0] // GRID * self.columns + cell[1] // GRID
-
 
 def canvas_of(scene: Scene) -> Canvas:
     """The canvas of a scene, always the same."""
@@ -67,23 +63,17 @@ def draw_large_scene(scene: Scene, augment: bool = False) -> Image.Image:
     """The picture of a scene on its canvas; `augment` as in `draw_scenes`."""
     canvas = canvas_of(scene)
     picture, brushes = _begin(scene, augment)
-    _put(picture, canvas.cells, list(scene.sprites), brushes, augment)
+    _put(picture, canvas.cells, scene, brushes, augment)
     drawn = Image.fromarray(picture.clamp(0, 255).byte().permute(1, 2, 0).numpy())
     return drawn.resize(canvas.size, Image.Resampling.BICUBIC)
 
 
 def draw_in_one_tile(scene: Scene, augment: bool = False) -> torch.Tensor:
-    """For each tile of the canvas its objects, drawn as there, but at their places in a picture of one tile, uint8
-    (rows · columns, 3, 168, 168)."""
-    canvas = canvas_of(scene)
+    """The same objects, drawn as on the canvas, but in the nine cells of one tile, uint8 (3, 168, 168)."""
     _, brushes = _begin(scene, augment)
-    pictures = background(scene.random(1)).repeat(canvas.rows * canvas.columns, 1, 1, 1)
-    for tile, picture in enumerate(pictures):
-        here = [n for n, cell in enumerate(canvas.cells) if canvas.tile_of(cell) == tile]
-        if here:
-            places = [divmod(PLACES.index(scene.objects[n].place), GRID) for n in here]
-            _put(picture, places, [scene.sprites[n] for n in here], [brushes[n] for n in here], augment)
-    return pictures.clamp(0, 255).byte()
+    picture = background(scene.random(1))
+    _put(picture, [divmod(PLACES.index(item.place), GRID) for item in scene.objects], scene, brushes, augment)
+    return picture.clamp(0, 255).byte()
 
 
 def _begin(scene: Scene, augment: bool) -> tuple[torch.Tensor, list[Brush]]:
@@ -100,9 +90,9 @@ def _tint(canvas: Canvas) -> torch.Tensor:
     return _TINT * torch.stack([right, down, -right])
 
 
-def _put(picture: torch.Tensor, places: Sequence, sprites: list[int], brushes: list[Brush], augment: bool) -> None:
+def _put(picture: torch.Tensor, places: Sequence, scene: Scene, brushes: list[Brush], augment: bool) -> None:
     """Draws the objects into cells of the picture, given as (row, column)."""
     cells = picture.unfold(1, CELL_SIZE, CELL_SIZE).unfold(2, CELL_SIZE, CELL_SIZE)  # (rgb, rows, columns, 56, 56)
     rows, columns = [row for row, _ in places], [column for _, column in places]
-    painted, _ = paint(cells[:, rows, columns].transpose(0, 1), sprites, brushes, augment)
+    painted, _ = paint(cells[:, rows, columns].transpose(0, 1), list(scene.sprites), brushes, augment)
     cells[:, rows, columns] = painted.transpose(0, 1)

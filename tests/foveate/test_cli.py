@@ -326,7 +326,7 @@ class TestOtherEnds:
         def fail(*_):
             raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
 
-        monkeypatch.setattr(ask_module, "draw_scene", fail)
+        monkeypatch.setitem(ask_module.LAB_PICTURES, "lab", fail)
         assert_refused("pip install 'foveate[eval]'", "ask", originals / "compressed", "lab:0", QUESTION)
 
     def test_from_a_shell(self, originals, place):
