@@ -71,6 +71,10 @@ class CompressionSettings:
         """Tokens of an image that has `length` of them without compression, where that is known beforehand."""
         return length if self.num_visual_tokens is None else self.num_visual_tokens
 
+    def count_placeholders(self, length: int) -> int:
+        """Columns that such an image takes in a prompt."""
+        return self.count_tokens(length)
+
     def fitted_to(self: Settings, config: Any) -> Settings:
         """These settings with what is `None` filled in where the model's config says it. Raises `ValueError` for what
         the model can't do."""

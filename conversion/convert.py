@@ -47,7 +47,11 @@ TEXT_ENCODERS = {(1024, 24, 336, 14): "openai/clip-vit-large-patch14-336"}
 
 #: How the weights of a base model's checkpoint are named on the hub: what the names begin with.
 _LLAVA_NAMES = ("language_model.model.", "vision_tower.vision_model.", "multi_modal_projector.")
-PUBLISHED_NAMES = {"llava": _LLAVA_NAMES, "llava_next": (*_LLAVA_NAMES, "image_newline")}
+PUBLISHED_NAMES = {
+    "llava": _LLAVA_NAMES,
+    "llava_next": (*_LLAVA_NAMES, "image_newline"),
+    "qwen3_vl": ("model.language_model.", "model.visual."),
+}
 
 _SMALL_FILES_BYTES = 32_000_000  # tokenizers, config, code, card: a generous guess
 
@@ -241,7 +245,9 @@ def _read_or_draw_parameters(
             drawn = getattr(compressed, module).to_empty(device="cpu")
             drawn.apply(compressed._init_weights)
             parameters |= {f"{module}.{name}": tensor.to(dtype) for name, tensor in drawn.state_dict().items()}
-    return parameters
+    # Older layouts name a module of the model without a head as it is, newer ones as the model with a head does.
+    whole = all(name.startswith("model.") for name in PUBLISHED_NAMES.get(base.config.model_type, ("",)))
+    return {f"model.{name}": tensor for name, tensor in parameters.items()} if whole else parameters
 
 
 def _write_weights(shards: list[Shard], new: dict[str, torch.Tensor], folder: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .flops import MethodAccount, uncompressed_account
+from .flops import MethodAccount
 
 
-def account(config: Any, num_tiles: int, length: int) -> MethodAccount:
+def account(config: Any, stock: MethodAccount, num_tiles: int, length: int) -> MethodAccount:
     """The whole sequence of an image, newlines among it, is compressed at once; with nothing to compress there is no
     matrix."""
     settings, width = config.compression, config.text_config.hidden_size
@@ -16,4 +16,4 @@ def account(config: Any, num_tiles: int, length: int) -> MethodAccount:
     if kept < length:
         multiply_adds += (kept + length) * width * settings.key_width  # Eq. 6 and 7: queries and keys
         multiply_adds += kept * length * (settings.key_width + width)  # Eq. 8: scores, P·X
-    return replace(uncompressed_account(config), visual_tokens=kept, compressor=2 * multiply_adds)
+    return replace(stock, visual_tokens=kept, compressor=2 * multiply_adds)

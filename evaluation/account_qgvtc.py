@@ -8,7 +8,7 @@ from ..modeling.compressor_qgvtc import token_schedule
 from .flops import MethodAccount, VisionLayer, num_patches, text_encoder_flops
 
 
-def account(config: Any, num_tiles: int, length: int) -> MethodAccount:
+def account(config: Any, stock: MethodAccount, num_tiles: int, length: int) -> MethodAccount:
     """Every tile is compressed to `num_visual_tokens`, each by the same question, which is read once."""
     settings, vision = config.compression, config.vision_config
     patches, width = num_patches(vision), vision.hidden_size

@@ -7,8 +7,11 @@ kernel may skip half. The language model's head runs on one position, as `genera
 equal, and the tests hold them to that.
 
 What differs by method is in `account_<ending>.py`, named by what a `model_type` adds to its backbone's (`qgvtc` of
-`llava_next_qgvtc`), whose one function `account(config, num_tiles, length)` returns a [`MethodAccount`]. `length` is
-the stock model's number of visual tokens of the image.
+`llava_next_qgvtc`), whose one function `account(config, stock, num_tiles, length)` returns a [`MethodAccount`]. `stock`
+is the stock model's, `length` its number of visual tokens of the image.
+
+Qwen3-VL takes an image as it is, within limits that are the processor's; so its size here is the one after that, and
+only rounded to whole tokens.
 
 Table 5 of QG-VTC (9.67 TFLOPs at 576 visual tokens, 3.86 at 144, 2.90 at 72: means of ten TextVQA samples) names
 neither convention nor text lengths. All its cells fit, to 0.2 points, 2 FLOPs a multiply-add, the language model's
@@ -21,6 +24,7 @@ paper leaves open which counter it used, and whether generated tokens are among 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,12 +43,14 @@ from .shapes import config_of_shape
 
 
 DEFAULT_TEXT_TOKENS = 60
-_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")  # attention and gated MLP, all dense
+_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_vl_text")  # attention and gated MLP, all dense
+_VISION_TOWERS = ("clip_vision_model", "qwen3_vl", "qwen3_vl_vision")  # 4.57 calls the last one by the middle name
+_QWEN_IMAGE_SIZE = (1024, 1024)
 
 
 @dataclass(frozen=True)
 class VisionLayer:
-    """How many tokens of one tile, the class token among them, go through the parts of a CLIP encoder layer.
+    """How many tokens of one tile, the class token among them, go through the parts of an encoder layer.
 
     Args:
         queries: through the query and output projections, and rows of the attention.
@@ -61,7 +67,7 @@ class VisionLayer:
         return cls(tokens, tokens, tokens)
 
     def flops(self, config: Any) -> int:
-        """FLOPs of a layer of a CLIP tower, vision or text, of this config."""
+        """FLOPs of a layer of a tower, vision or text, of this config."""
         width = config.hidden_size
         projections = 2 * (self.queries + self.keys) * width * width
         attention = 2 * self.queries * self.keys * width
@@ -77,6 +83,8 @@ class MethodAccount:
         tokens_per_tile: visual tokens of a tile that reach the projector.
         visual_tokens: of the image, after a method that compresses what comes out of the projector; `None`: what the
             tiles keep, as the backbone packs it.
+        read_tokens: what the language model reads of the image before it keeps `visual_tokens`, in a pass before the
+            text (all of which follows the image here); `None`: it reads what it keeps, with the text.
         compressor: FLOPs of what the method adds to the stock model, all tiles together.
         text_encoder: FLOPs of reading the question.
         at_most: whether the number of tokens depends on the image, and this is the upper bound.
@@ -85,6 +93,7 @@ class MethodAccount:
     vision_layers: Sequence[VisionLayer]
     tokens_per_tile: int
     visual_tokens: int | None = None
+    read_tokens: int | None = None
     compressor: int = 0
     text_encoder: int = 0
     at_most: bool = False
@@ -167,7 +176,8 @@ def flops(
         shape: a name in `foveate.evaluation.shapes.SHAPES`.
         method: compresses the shape; a checkpoint has its own.
         settings: fields of the `compression` block, for instance `{"num_visual_tokens": 72}`.
-        image_size: (width, height) in pixels; `None`: one tile's. LLaVA-1.5 makes every image the same size.
+        image_size: (width, height) in pixels; `None`: one tile's, for Qwen3-VL 1024 × 1024. LLaVA-1.5 makes every image
+            the same size.
         text_tokens: length of the prompt without its visual tokens.
 
     Raises:
@@ -185,7 +195,7 @@ def flops(
         raise FoveateError(f"text_tokens is {text_tokens}: a prompt has at least 1.")
     config = config_of_shape(shape, method, settings) if shape is not None else _config_of(checkpoint, settings)
     if image_size is None:
-        image_size = (config.vision_config.image_size,) * 2
+        image_size = _QWEN_IMAGE_SIZE if is_qwen(config) else (config.vision_config.image_size,) * 2
     return FlopsReport(
         name=str(checkpoint or shape),
         method=_method_of(config) or "none",
@@ -207,28 +217,37 @@ def account_of(config: Any, image_size: tuple[int, int], text_tokens: int, uncom
     """
     _require_known_towers(config)
     num_tiles = count_tiles(config, image_size)
-    found = uncompressed_account(config)
+    found = uncompressed_account(config, image_size)
     if not uncompressed and _method_of(config) is not None:
         length = count_visual_tokens(config, image_size, found.tokens_per_tile)
-        found = _account_module(config).account(config, num_tiles, length)
+        found = _account_module(config).account(config, found, num_tiles, length)
     visual_tokens = found.visual_tokens
     if visual_tokens is None:
         visual_tokens = count_visual_tokens(config, image_size, found.tokens_per_tile)
     num_tokens = text_tokens + visual_tokens
+    passes = [(num_tokens, num_tokens)]
+    if found.read_tokens is not None:
+        passes = [(found.read_tokens, found.read_tokens), (text_tokens, num_tokens)]
     return Account(
         vision_tower=num_tiles * vision_tower_flops(config.vision_config, found.vision_layers),
         text_encoder=found.text_encoder,
         compressor=found.compressor,
         projector=num_tiles * projector_flops(config, found.tokens_per_tile),
-        llm_prefill=prefill_flops(config.text_config, num_tokens),
+        llm_prefill=prefill_flops(config.text_config, passes),
         visual_tokens=visual_tokens,
         kv_bytes=kv_bytes_by_account(config.text_config, num_tokens, _dtype_of(config)),
         at_most=found.at_most,
     )
 
 
-def uncompressed_account(config: Any) -> MethodAccount:
-    """The stock model's: Transformers runs all layers of the vision tower, also those after `vision_feature_layer`."""
+def uncompressed_account(config: Any, image_size: tuple[int, int] | None = None) -> MethodAccount:
+    """The stock model's: Transformers runs all layers of the vision tower, also those after `vision_feature_layer`.
+    `image_size` in pixels: for Qwen3-VL, whose images are no tiles of one size."""
+    if is_qwen(config):
+        vision = config.vision_config
+        side = vision.patch_size * vision.spatial_merge_size
+        merged = math.prod(max(1, round(pixels / side)) for pixels in image_size or _QWEN_IMAGE_SIZE)
+        return MethodAccount([VisionLayer.plain(merged * vision.spatial_merge_size**2)] * vision.depth, merged)
     tokens = 1 + num_patches(config.vision_config)
     layers = [VisionLayer.plain(tokens)] * config.vision_config.num_hidden_layers
     return MethodAccount(layers, tokens if config.vision_feature_select_strategy == "full" else tokens - 1)
@@ -241,9 +260,17 @@ def num_patches(vision_config: Any) -> int:
     return (vision_config.image_size // vision_config.patch_size) ** 2
 
 
+def is_qwen(config: Any) -> bool:
+    return config.vision_config.model_type in _VISION_TOWERS[1:]
+
+
 def vision_tower_flops(config: Any, layers: Sequence[VisionLayer]) -> int:
-    """FLOPs of a CLIP vision tower on one tile: the patch embedding and the layers that run."""
-    embedding = 2 * num_patches(config) * config.num_channels * config.patch_size**2 * config.hidden_size
+    """FLOPs of a vision tower on one tile: the patch embedding and the layers that run."""
+    if config.model_type in _VISION_TOWERS[1:]:
+        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        embedding = 2 * layers[0].mlp * values * config.hidden_size
+    else:
+        embedding = 2 * num_patches(config) * config.num_channels * config.patch_size**2 * config.hidden_size
     return embedding + sum(layer.flops(config) for layer in layers)
 
 
@@ -253,18 +280,26 @@ def text_encoder_flops(config: Any) -> int:
 
 
 def projector_flops(config: Any, tokens: int) -> int:
-    """FLOPs of the two linear layers between vision tower and language model."""
+    """FLOPs of the two linear layers between vision tower and language model; in Qwen3-VL, where they read the merged
+    patches, there are as many pairs more as layers of DeepStack."""
+    if is_qwen(config):
+        vision = config.vision_config
+        merged = vision.hidden_size * vision.spatial_merge_size**2
+        pairs = 1 + len(vision.deepstack_visual_indexes)
+        return 2 * tokens * pairs * merged * (merged + vision.out_hidden_size)
     layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
     width = config.text_config.hidden_size
     return 2 * tokens * (layers * config.vision_config.hidden_size * width + width * width)
 
 
-def prefill_flops(config: Any, tokens: int) -> int:
-    """FLOPs of a language model on a prompt of `tokens` tokens, its head on the last of them alone."""
+def prefill_flops(config: Any, passes: Sequence[tuple[int, int]]) -> int:
+    """FLOPs of a language model on a prompt, its head on the last token alone; `passes`: how many tokens each runs, and
+    how many they attend to."""
+    tokens = sum(queries for queries, _ in passes)
     width, head_width = config.hidden_size, _head_width(config)
     queries, keys = config.num_attention_heads * head_width, config.num_key_value_heads * head_width
     linear = tokens * (2 * width * queries + 2 * width * keys + 3 * width * config.intermediate_size)
-    attention = 2 * tokens * tokens * queries
+    attention = 2 * sum(asking * asked for asking, asked in passes) * queries
     return 2 * (config.num_hidden_layers * (linear + attention) + width * config.vocab_size)
 
 
@@ -385,10 +420,10 @@ def _account_module(config: Any) -> Any:
 def _require_known_towers(config: Any) -> None:
     vision = getattr(getattr(config, "vision_config", None), "model_type", None)
     language = getattr(getattr(config, "text_config", None), "model_type", None)
-    if vision != "clip_vision_model" or language not in _LANGUAGE_MODELS:
+    if vision not in _VISION_TOWERS or language not in _LANGUAGE_MODELS:
         raise FoveateError(
             f"A '{config.model_type}' model with vision tower '{vision}' and language model '{language}' has no "
-            f"account here: it takes a 'clip_vision_model' and one of {', '.join(_LANGUAGE_MODELS)}."
+            f"account here: it takes one of {', '.join(_VISION_TOWERS)} and one of {', '.join(_LANGUAGE_MODELS)}."
         )
 
 

@@ -1,7 +1,8 @@
 """Published models as configurations without weights, by name: what `foveate flops --shape` counts.
 
 The numbers are those of the `config.json` of llava-hf's checkpoints on the hub (llava-1.5-7b-hf, llava-1.5-13b-hf,
-llava-v1.6-vicuna-7b-hf, llava-v1.6-vicuna-13b-hf, llava-v1.6-mistral-7b-hf) and of openai/clip-vit-large-patch14-336.
+llava-v1.6-vicuna-7b-hf, llava-v1.6-vicuna-13b-hf, llava-v1.6-mistral-7b-hf), of Qwen/Qwen3-VL-2B-Instruct, and of
+openai/clip-vit-large-patch14-336.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig
+from transformers import (
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    MistralConfig,
+    Qwen3VLConfig,
+)
 
 from ..errors import FoveateError
 from ..registry import METHODS, Backbone
@@ -37,20 +46,40 @@ _7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
 _13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
 _MISTRAL = {**_7B, "intermediate_size": 14336, "num_key_value_heads": 8}
 _VOCABULARY = 32064
+_QWEN_VISION: dict[str, Any] = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_heads": 16,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 2048,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+_QWEN_2B = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 #: Config classes of model and language model, and the language model's numbers.
-SHAPES: dict[str, tuple[type, type, dict[str, int]]] = {
+SHAPES: dict[str, tuple[type, Any, dict[str, int]]] = {
     "llava-1.5-7b": (LlavaConfig, LlamaConfig, _7B),
     "llava-1.5-13b": (LlavaConfig, LlamaConfig, _13B),
     "llava-next-vicuna-7b": (LlavaNextConfig, LlamaConfig, _7B),
     "llava-next-vicuna-13b": (LlavaNextConfig, LlamaConfig, _13B),
     "llava-next-mistral-7b": (LlavaNextConfig, MistralConfig, _MISTRAL),
+    "qwen3-vl-2b": (Qwen3VLConfig, Qwen3VLConfig.sub_configs["text_config"], _QWEN_2B),
 }
 
 
 def config_of_shape(name: str, method: str | None = None, settings: Mapping[str, Any] | None = None) -> Any:
-    """A config in float16, as the checkpoints are.
+    """A config in the checkpoints' own dtype: float16, of Qwen's bfloat16.
 
     Args:
         name: in `SHAPES`.
@@ -64,11 +93,14 @@ def config_of_shape(name: str, method: str | None = None, settings: Mapping[str,
     if name not in SHAPES:
         raise FoveateError(f"There is no shape '{name}': choose one of {', '.join(SHAPES)}.")
     config_class, text_class, text = SHAPES[name]
-    fields: dict[str, Any] = {
-        "vision_config": CLIPVisionConfig(**_VISION),
-        "text_config": text_class(vocab_size=_VOCABULARY, **text),
-        "dtype": torch.float16,
-    }
+    fields: dict[str, Any] = {"dtype": torch.float16}
+    if config_class is Qwen3VLConfig:
+        # Dictionaries: 4.57 takes no configs.
+        fields = {"dtype": torch.bfloat16, "vision_config": _QWEN_VISION, "text_config": dict(text)}
+        fields["tie_word_embeddings"] = True
+    else:
+        fields["vision_config"] = CLIPVisionConfig(**_VISION)
+        fields["text_config"] = text_class(vocab_size=_VOCABULARY, **text)
     if issubclass(config_class, LlavaNextConfig):
         fields["image_grid_pinpoints"] = _PINPOINTS
     if method is None:

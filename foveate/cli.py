@@ -318,6 +318,9 @@ def train(
             "--set", metavar="KEY=VALUE", help="A value of the recipe's stage, for instance lora.r=8; repeatable."
         ),
     ] = None,
+    aux: Annotated[
+        str | None, typer.Option(metavar="LOSS", help="What ETC learns beside the answers: vid, mse or none.")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Steps of the optimizer, in place of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a device and step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Order of the data, and initial values.")] = None,
@@ -338,7 +341,12 @@ def train(
     For many devices: accelerate launch --config_file CONFIG -m foveate train … (training/launch has configurations).
     """
     options = {"data": data, "images": images and str(images), "max_steps": max_steps, "batch_size": batch_size}
-    options |= {"seed": seed, "skip_missing": skip_missing or None, "precision": _precision(dtype)}
+    options |= {
+        "auxiliary.loss": aux,
+        "seed": seed,
+        "skip_missing": skip_missing or None,
+        "precision": _precision(dtype),
+    }
     changes = parse_settings(settings) | {key: value for key, value in options.items() if value is not None}
     _quiet()
     from .training.train import train as train_checkpoint

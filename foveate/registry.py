@@ -50,7 +50,8 @@ class Method:
 
     Args:
         name: as in the config's `compression` block and on the command line.
-        title, paper: for readers.
+        title: for readers.
+        paper: its address, or its title where no address is known.
         needs_training: whether a freshly converted checkpoint has weights that mean nothing yet.
         backbones: what it runs on.
     """
@@ -63,6 +64,8 @@ class Method:
 
 
 _METACOMPRESS = "https://arxiv.org/abs/2603.21701"
+
+_ETC = "ETC: Extreme Token Compression via Task-aware Visual Information Distillation in VLMs"
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -112,6 +115,16 @@ METHODS: dict[str, Method] = {
                 ("spatial", "Spatial pooling"),
             )
         ],
+        Method(
+            name="etc",
+            title="Extreme Token Compression",
+            paper=_ETC,
+            needs_training=True,
+            backbones=(
+                Backbone("llava", "llava_etc", "LlavaETC", "LLaVA-1.5"),
+                Backbone("qwen3_vl", "qwen3_vl_etc", "Qwen3VLETC", "Qwen3-VL"),
+            ),
+        ),
     )
 }
 

@@ -45,7 +45,7 @@ def write_card(
         model_name=folder.name,
         base_name=base_name if is_hub_id else Path(base_name).name,
         method_title=method.title,
-        paper=method.paper,
+        method=_named(method),
         state=_state(method, training),
         stages=[_stage_line(number, stage) for number, stage in sorted((training or {}).items())],
         adapter=adapter,
@@ -62,6 +62,12 @@ def read_base_name(folder: Path) -> str:
         return folder.name
     found = re.search(r"^base_model: (\S+)$", card, re.MULTILINE) or re.search(r"^# (.+) with ", card, re.MULTILINE)
     return found.group(1) if found else folder.name
+
+
+def _named(method: Method) -> str:
+    """The method with its paper's address, or title."""
+    is_address = method.paper.startswith("https://")
+    return f"[{method.title}]({method.paper})" if is_address else f"{method.title} (“{method.paper}”)"
 
 
 def _state(method: Method, training: Mapping[int, Mapping[str, Any]] | None) -> str:

@@ -103,6 +103,19 @@ def stock_image_sequences(stock_class: type, model: nn.Module, **images) -> list
     return list(getattr(features, "pooler_output", features))
 
 
+def stock_deepstack_features(
+    stock_class: type, model: nn.Module, **images
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The visual tokens that a stock Qwen3-VL gives a model of each image, (tokens, width), and for each of the first
+    layers what is added there, (tokens of all images, width). 4.57 returns a tuple; the newest 5.x split the latter by
+    images too."""
+    features = stock_class.get_image_features(model, **images)
+    if isinstance(features, tuple):
+        return list(features[0]), list(features[1])
+    layers = features.deepstack_features
+    return list(features.pooler_output), [x if torch.is_tensor(x) else torch.cat(list(x)) for x in layers]
+
+
 def checkpoints_activations(model: nn.Module) -> bool:
     """Whether gradient checkpointing is on; the newest 5.x give it another name."""
     name = "is_activation_checkpointing"
@@ -118,6 +131,15 @@ def cache_positions(past: int, length: int, device: torch.device) -> dict[str, t
     """What the language model has to be told of the cache. 4.57 else counts the keys that are not zero, of which a
     static cache with padding has too few; ≥ 5.0 keeps count itself and takes no such argument."""
     return {} if TRANSFORMERS_5 else {"cache_position": torch.arange(past, past + length, device=device)}
+
+
+def write_to_cache(
+    cache: Cache, keys: torch.Tensor, values: torch.Tensor, layer: int, past: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Appends entries, (batch, heads, new, head width), to a layer that holds `past` of them; returns what the layer
+    gives to attend to. In 4.57 a static cache has to be told where they go."""
+    positions = cache_positions(past, keys.shape[2], keys.device)
+    return cache.update(keys, values, layer, *([positions] if positions else []))
 
 
 def length_after_crop(length: int, argument: int) -> int:

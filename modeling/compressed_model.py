@@ -98,3 +98,36 @@ class CompressedModelMixin:
 def keep_logits(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """(batch, length, width) at the last columns (0: all of them), or at the columns of the given indices."""
     return values[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else values[:, logits_to_keep]
+
+
+class CompressedGenerationMixin(CompressedModelMixin):
+    """Mixed into the model with a head, where its last hidden states are in the caller's columns."""
+
+    def _with_head(
+        self,
+        output: CompressedModelOutputWithPast,
+        labels: torch.LongTensor | None,
+        logits_to_keep: int | torch.Tensor,
+        return_dict: bool | None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> CompressedCausalLMOutputWithPast | tuple:
+        logits = self.lm_head(keep_logits(output.last_hidden_state, logits_to_keep))  # type: ignore[attr-defined]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(  # type: ignore[attr-defined]
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,  # type: ignore[attr-defined]
+                num_items_in_batch=num_items_in_batch,
+            )
+        causal = CompressedCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            image_hidden_states=output.image_hidden_states,
+            compression=output.compression,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
+        return causal if return_dict else causal.to_tuple()

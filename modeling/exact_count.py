@@ -14,11 +14,10 @@ import torch
 
 from .compatibility import image_features_output
 from .compressed_model import (
-    CompressedCausalLMOutputWithPast,
+    CompressedGenerationMixin,
     CompressedModelMixin,
     CompressedModelOutputWithPast,
     TokenProvenance,
-    keep_logits,
 )
 from .image_inputs import ImageInputsMixin
 
@@ -66,18 +65,20 @@ class ExactCountModelMixin(CompressedModelMixin):
         inputs_embeds: torch.FloatTensor | None,
         mm_encoder_outputs: dict[str, Any] | None,
         output_compression: bool,
+        tokens: torch.Tensor | None = None,
         **kwargs,
     ) -> CompressedModelOutputWithPast:
-        """Puts the compressed visual tokens in their columns, and lets the stock model run on the rest."""
+        """Puts the compressed visual tokens in their columns, and lets the stock model run on the rest. `tokens`: those
+        of all images, (tokens, width), where they are there already."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of input_ids and inputs_embeds.")
         encoded = (mm_encoder_outputs or {}).get("image")
         has_images = any(images[name] is not None and len(images[name]) > 0 for name in self.visual_inputs)
-        if encoded is not None and has_images:
-            raise ValueError("Pass pixel_values or mm_encoder_outputs, not both.")
+        if has_images + (encoded is not None) + (tokens is not None) > 1:
+            raise ValueError("Pass one of pixel_values, mm_encoder_outputs and compressed_images.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
-        tokens = provenance = None
+        provenance = None
         if encoded is not None:
             tokens = torch.cat(list(encoded.pooler_output))
         elif has_images:
@@ -117,34 +118,5 @@ class ExactCountModelMixin(CompressedModelMixin):
         return is_placeholder[..., None]
 
 
-class ExactCountGenerationMixin(ImageInputsMixin, CompressedModelMixin):
+class ExactCountGenerationMixin(ImageInputsMixin, CompressedGenerationMixin):
     """Mixed into the model with a head, before the Transformers class."""
-
-    def _with_head(
-        self,
-        output: CompressedModelOutputWithPast,
-        labels: torch.LongTensor | None,
-        logits_to_keep: int | torch.Tensor,
-        return_dict: bool | None,
-        num_items_in_batch: int | torch.Tensor | None = None,
-    ) -> CompressedCausalLMOutputWithPast | tuple:
-        logits = self.lm_head(keep_logits(output.last_hidden_state, logits_to_keep))  # type: ignore[attr-defined]
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(  # type: ignore[attr-defined]
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.text_config.vocab_size,  # type: ignore[attr-defined]
-                num_items_in_batch=num_items_in_batch,
-            )
-        causal = CompressedCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=output.image_hidden_states,
-            compression=output.compression,
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
-        return causal if return_dict else causal.to_tuple()

@@ -19,8 +19,12 @@ class ImageInputsMixin:
     image_inputs: ClassVar[tuple[str, ...]]
 
     def count_placeholders(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
-        """How many columns each image takes, (images,), from its inputs."""
+        """How many columns each image takes, (images,), from the inputs of uncompressed images."""
         raise NotImplementedError
+
+    def take_images(self, images: dict[str, Any], chosen: torch.Tensor) -> dict[str, Any]:
+        """The inputs of some images, (indices,), at least one."""
+        return {name: None if value is None else _entries(value, chosen) for name, value in images.items()}
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         images = {name: kwargs.pop(name, None) for name in self.image_inputs}
@@ -30,14 +34,26 @@ class ImageInputsMixin:
         is_decoding = past > 0 and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == 1
         if is_decoding:
             return inputs
-        if images[self.image_inputs[0]] is not None:
-            chosen = self._images_not_cached(input_ids, past, self.count_placeholders(images))
-            inputs.update(_take(images, chosen))
+        if (counts := self._placeholders_of(images)) is not None:
+            chosen = self._images_not_cached(input_ids, past, counts)
+            inputs.update(self._take(images, chosen))
         if encoded and encoded.get("image") is not None:
             features = encoded["image"].pooler_output
             chosen = self._images_not_cached(input_ids, past, _lengths(features, input_ids))
             inputs["mm_encoder_outputs"] = _take_encoded(encoded, chosen)
         return inputs
+
+    def _placeholders_of(self, images: dict[str, Any]) -> torch.Tensor | None:
+        """How many columns each image takes, (images,); `None` without images."""
+        if images[self.image_inputs[0]] is not None:
+            return self.count_placeholders(images)
+        compressed = images.get("compressed_images")
+        return None if compressed is None else torch.tensor([image.num_placeholders for image in compressed])
+
+    def _take(self, images: dict[str, Any], chosen: torch.Tensor | None) -> dict[str, Any]:
+        if chosen is None:
+            return images
+        return self.take_images(images, chosen) if len(chosen) else dict.fromkeys(images)
 
     def _images_not_cached(self, input_ids: torch.Tensor, past: int, counts: torch.Tensor) -> torch.Tensor | None:
         """Indices of the images whose placeholders lie in columns that the cache does not hold; `None`: all of them.
@@ -68,9 +84,9 @@ class ImageInputsMixin:
         encoded = model_kwargs.pop("mm_encoder_outputs", None)
         past = model_kwargs.get("past_key_values")
         past = 0 if past is None else past.get_seq_length()
-        if images[self.image_inputs[0]] is not None:
-            chosen = self._repeated_images(input_ids, past, self.count_placeholders(images), expand_size)
-            images = _take(images, chosen)
+        if (counts := self._placeholders_of(images)) is not None:
+            chosen = self._repeated_images(input_ids, past, counts, expand_size)
+            images = self._take(images, chosen)
         if encoded and encoded.get("image") is not None:
             counts = _lengths(encoded["image"].pooler_output, input_ids)
             encoded = _take_encoded(encoded, self._repeated_images(input_ids, past, counts, expand_size))
@@ -114,12 +130,8 @@ def _lengths(features: list[torch.Tensor], input_ids: torch.Tensor) -> torch.Ten
     return torch.tensor([len(tokens) for tokens in features], device=input_ids.device)
 
 
-def _take(images: dict[str, Any], chosen: torch.Tensor | None) -> dict[str, Any]:
-    if chosen is None:
-        return images
-    if len(chosen) == 0:
-        return dict.fromkeys(images)
-    return {name: None if value is None else value[chosen.to(value.device)] for name, value in images.items()}
+def _entries(value: Any, chosen: torch.Tensor) -> Any:
+    return value[chosen.to(value.device)] if torch.is_tensor(value) else [value[index] for index in chosen.tolist()]
 
 
 def _take_encoded(encoded: dict[str, Any], chosen: torch.Tensor | None) -> dict[str, Any] | None:

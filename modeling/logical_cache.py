@@ -22,6 +22,8 @@ class LogicalCache(Cache):
     Attributes:
         source: for every physical entry of every row the logical column it stands for, −1 where a row has padding;
             (batch, physical length), or `None` before the first tokens.
+        positions: the position id of every entry, (batch, physical length), for models whose positions don't follow
+            from the number of entries; else `None`.
         has_gaps: whether any row may have padding; while `False` no attention mask is needed.
     """
 
@@ -30,6 +32,7 @@ class LogicalCache(Cache):
         self.inner = inner
         self.logical_length = int(inner.get_seq_length())
         self.source: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
         self.has_gaps = False
         if self.logical_length:  # a cache of text only, made elsewhere: there logical and physical are the same
             self.source = torch.arange(self.logical_length, device=device).expand(batch_size, -1)
@@ -60,11 +63,31 @@ class LogicalCache(Cache):
     def physical_length(self) -> int:
         return 0 if self.source is None else self.source.shape[1]
 
-    def append(self, source: torch.Tensor, num_columns: int, has_gaps: bool) -> None:
-        """Notes `num_columns` new logical columns; `source` (batch, all physical entries) replaces the map."""
-        self.source = source
+    def append(
+        self, source: torch.Tensor, num_columns: int, has_gaps: bool, positions: torch.Tensor | None = None
+    ) -> None:
+        """Notes `num_columns` new logical columns; `source` and `positions` (batch, all physical entries) replace the
+        maps."""
+        self.source, self.positions = source, positions
         self.logical_length += num_columns
         self.has_gaps = has_gaps
+
+    def extend(
+        self, source: torch.Tensor, positions: torch.Tensor, num_columns: int = 0, has_gaps: bool = False
+    ) -> None:
+        """Notes new entries, (batch, new) each, and `num_columns` new logical columns."""
+        if self.source is not None:
+            known = self.source if self.positions is None else self.positions  # of text made elsewhere they are one
+            source = torch.cat([self.source.to(source.device), source], dim=1)
+            positions = torch.cat([known.to(positions.device), positions], dim=1)
+        self.append(source, num_columns, self.has_gaps or has_gaps, positions)
+
+    def next_positions(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """(batch, 1): one beyond the largest position that is there."""
+        if self.source is None or self.source.shape[1] == 0:
+            return torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        known = self.source if self.positions is None else self.positions
+        return known.masked_fill(self.source < 0, -1).amax(1, keepdim=True).to(device) + 1
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         raise RuntimeError("The language model must be handed the physical cache: pass `cache.inner`, not the wrapper.")
@@ -80,6 +103,8 @@ class LogicalCache(Cache):
         if kept < source.shape[1]:
             remove_from_cache(self.inner, source.shape[1] - kept)
         self.source, self.logical_length, self.has_gaps = source[:, :kept], length, True
+        if self.positions is not None:
+            self.positions = self.positions[:, :kept]
 
     def hide(self, attention_mask: torch.Tensor) -> None:
         """Takes columns that are cached already out of what later tokens see and of what their positions count, for
@@ -90,8 +115,9 @@ class LogicalCache(Cache):
         self.source, self.has_gaps = self.source.masked_fill(seen == 0, -1), True
 
     def _select(self, rows: torch.Tensor) -> None:
-        if self.source is not None:
-            self.source = self.source.index_select(0, rows.to(self.source.device))
+        for name in ("source", "positions"):
+            if (entries := getattr(self, name)) is not None:
+                setattr(self, name, entries.index_select(0, rows.to(entries.device)))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.inner.reorder_cache(beam_idx)
@@ -104,11 +130,11 @@ class LogicalCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.inner.batch_repeat_interleave(repeats)
         if self.source is not None:
-            self.source = self.source.repeat_interleave(repeats, dim=0)
+            self._select(torch.arange(len(self.source)).repeat_interleave(repeats))
 
     def reset(self) -> None:
         self.inner.reset()
-        self.source, self.logical_length, self.has_gaps = None, 0, False
+        self.source, self.positions, self.logical_length, self.has_gaps = None, None, 0, False
 
     def __repr__(self) -> str:
         return f"LogicalCache(logical={self.logical_length}, physical={self.physical_length}, {self.inner!r})"

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, CLIPTextModelWithProjection, DynamicCache, LlavaForConditionalGeneration, LlavaModel
+from transformers import Cache, CLIPTextModelWithProjection, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
 from ..configuration.configuration_llava_recoverable import LlavaRecoverableConfig
 from .compatibility import (
     cache_positions,
-    checkpoints_activations,
     clip_embeddings,
     clip_layers,
     image_features_output,
@@ -35,7 +34,7 @@ from .compressed_model import (
 )
 from .compressor_recoverable import TokenAssignment, assign_tokens, text_similarity, visual_scores
 from .image_inputs import ImageInputsMixin
-from .logical_cache import LogicalCache
+from .logical_model import LogicalGenerationMixin, LogicalModelMixin
 from .physical_sequence import PhysicalSequence, lay_out
 
 
@@ -62,11 +61,10 @@ class CompressedImages:
         return [TokenProvenance(weights, roles, ROLE_NAMES) for weights, roles in self.assignment.provenance()]
 
 
-class LlavaRecoverableModel(CompressedModelMixin, LlavaModel):
+class LlavaRecoverableModel(LogicalModelMixin, LlavaModel):
     """The vision tower, the question's text encoder, the compressor, the projector and the language model."""
 
     config_class = LlavaRecoverableConfig
-    _can_compile_fullgraph = False  # the number of visual tokens is data
 
     def __init__(self, config: LlavaRecoverableConfig):
         super().__init__(config)
@@ -208,17 +206,10 @@ class LlavaRecoverableModel(CompressedModelMixin, LlavaModel):
     ) -> tuple[CompressedModelOutputWithPast, PhysicalSequence]:
         """The forward pass, with `last_hidden_state` still on the physical sequence, which comes with it."""
         kwargs.pop("cache_position", None)  # 4.57's generate passes logical ones; the language model counts for itself
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Specify exactly one of input_ids and inputs_embeds.")
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError("attention_mask must be 2-D (batch, length): the model builds the physical mask from it.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        batch_size, num_columns = inputs_embeds.shape[:2]
-        cache = self._wrap_cache(past_key_values, use_cache, batch_size, inputs_embeds.device)
-        present = None if attention_mask is None else attention_mask[:, -num_columns:].bool()
-        if cache is not None and attention_mask is not None and num_columns > 1:
-            cache.hide(attention_mask[:, :-num_columns])  # a later turn may leave out what earlier ones said
+        inputs_embeds, present, cache = self._open_columns(
+            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache
+        )
+        num_columns = inputs_embeds.shape[1]
 
         images, lengths = None, None
         if pixel_values is not None:
@@ -257,23 +248,6 @@ class LlavaRecoverableModel(CompressedModelMixin, LlavaModel):
         )
         return output, sequence
 
-    def _wrap_cache(
-        self, cache: Cache | None, use_cache: bool | None, batch_size: int, device: torch.device
-    ) -> LogicalCache | None:
-        if cache is None:
-            wanted = getattr(self.config.text_config, "use_cache", True) if use_cache is None else use_cache
-            if not wanted or (self.training and checkpoints_activations(self)):
-                return None
-            cache = DynamicCache(config=self.config.text_config)
-        return LogicalCache.wrap(cache, batch_size, device)
-
-    def _find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """(batch, columns) bool."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-
     def _taken_placeholders(self, placeholders: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """The first placeholders of every image, as many as it has tokens; (batch, columns) bool."""
         num_patches = self.config.num_patches
@@ -290,12 +264,13 @@ class LlavaRecoverableModel(CompressedModelMixin, LlavaModel):
             )
 
 
-class LlavaRecoverableForConditionalGeneration(ImageInputsMixin, CompressedModelMixin, LlavaForConditionalGeneration):
+class LlavaRecoverableForConditionalGeneration(
+    LogicalGenerationMixin, ImageInputsMixin, CompressedModelMixin, LlavaForConditionalGeneration
+):
     """[`LlavaRecoverableModel`] with a language modeling head."""
 
     config_class = LlavaRecoverableConfig
     image_inputs = ("pixel_values", "question_input_ids", "question_attention_mask")
-    _can_compile_fullgraph = False
 
     def __init__(self, config: LlavaRecoverableConfig):
         LlavaPreTrainedModel.__init__(self, config)  # not the stock class's: it would build the stock model first
@@ -366,11 +341,6 @@ class LlavaRecoverableForConditionalGeneration(ImageInputsMixin, CompressedModel
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs):
         return self.model.get_image_features(pixel_values, **kwargs)
-
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
-        if past_key_values is not None:
-            past_key_values = LogicalCache.wrap(past_key_values, len(input_ids), input_ids.device)
-        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
 
     def count_placeholders(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
         pixel_values = images["pixel_values"]

@@ -10,6 +10,7 @@ import torch
 from transformers import Cache, LlavaModel, LlavaNextModel
 
 from .compatibility import stock_image_sequences
+from .compressed_image import CompressedImage
 from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast, TokenProvenance
 from .exact_count import CompressedImages, ExactCountGenerationMixin, ExactCountModelMixin
 from .tile_layout import TileLayout, tile_grid_of
@@ -104,6 +105,37 @@ class SequenceModelMixin(ExactCountModelMixin):
             ]
         return CompressedImages(torch.cat(tokens), counts, provenance)
 
+    def compress(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+    ) -> list[CompressedImage]:
+        """Reads images once, for any number of questions in any process: their tokens depend on no text.
+
+        Args:
+            pixel_values, image_sizes: from the processor; what else it returns is not looked at.
+
+        Returns:
+            One an image. `generate` and `forward` take them as `compressed_images`, the processor as `images`.
+        """
+        with torch.no_grad():
+            compressed = self.compress_images(pixel_values, image_sizes)
+        tokens = compressed.tokens.split(compressed.counts)
+        return [
+            CompressedImage(self.config.compression.method, len(found), embeddings=found.clone())  # type: ignore[attr-defined]
+            for found in tokens
+        ]
+
+    def _tokens_of(self, images: list[CompressedImage]) -> torch.Tensor:
+        """(tokens, width) of images that were compressed before."""
+        method, width = self.config.compression.method, self.config.text_config.hidden_size  # type: ignore[attr-defined]
+        for image in images:
+            image.require(method, image.embeddings is not None and image.embeddings.shape[1] == width)
+        return torch.cat([image.embeddings for image in images])  # type: ignore[misc]
+
     def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs):
         """The compressed visual tokens, one (tokens, width) tensor an image, in the form that this version of
         Transformers gives its own models' image features."""
@@ -120,6 +152,7 @@ class SequenceModelMixin(ExactCountModelMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        compressed_images: list[CompressedImage] | None = None,
         output_compression: bool = False,
         return_dict: bool | None = None,
         **kwargs,
@@ -129,6 +162,7 @@ class SequenceModelMixin(ExactCountModelMixin):
             input_ids: (batch, length), with as many placeholders an image as it has tokens after compression.
             pixel_values, image_sizes, image_embeds: as in `compress_images`, the images of all rows, row after row.
             mm_encoder_outputs: what `get_image_features` gave, under "image", in place of `pixel_values`.
+            compressed_images: what `compress` returned, in place of `pixel_values`.
             output_compression: also return where each visual token comes from.
         """
         output = self._forward(
@@ -137,6 +171,7 @@ class SequenceModelMixin(ExactCountModelMixin):
             inputs_embeds,
             mm_encoder_outputs,
             output_compression,
+            tokens=None if compressed_images is None else self._tokens_of(compressed_images),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -149,7 +184,7 @@ class SequenceModelMixin(ExactCountModelMixin):
 class SequenceGenerationMixin(ExactCountGenerationMixin):
     """Mixed into the model with a head, before the Transformers class."""
 
-    image_inputs = ("pixel_values", "image_sizes")
+    image_inputs = ("pixel_values", "image_sizes", "compressed_images")
 
     def forward(
         self,
@@ -164,6 +199,7 @@ class SequenceGenerationMixin(ExactCountGenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
+        compressed_images: list[CompressedImage] | None = None,
         output_compression: bool = False,
         return_dict: bool | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
@@ -185,6 +221,7 @@ class SequenceGenerationMixin(ExactCountGenerationMixin):
             inputs_embeds=inputs_embeds,
             image_embeds=image_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            compressed_images=compressed_images,
             output_compression=output_compression,
             return_dict=True,
             **kwargs,
@@ -193,6 +230,9 @@ class SequenceGenerationMixin(ExactCountGenerationMixin):
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs):
         return self.model.get_image_features(pixel_values, **kwargs)  # type: ignore[attr-defined]
+
+    def compress(self, *args, **kwargs) -> list[CompressedImage]:
+        return self.model.compress(*args, **kwargs)  # type: ignore[attr-defined]
 
     def uncompressed_lengths(self, images: dict[str, torch.Tensor]) -> list[int]:
         """n of each image, from its inputs."""

@@ -1,4 +1,4 @@
-"""What processors share that write exactly as many placeholders as an image has tokens after compression."""
+"""What processors share that write as many placeholders as follow from an image's size."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ class LlavaExactCountMixin:
         crop = self.image_processor.crop_size  # type: ignore[attr-defined]
         num_patches = (crop["height"] // self.patch_size) * (crop["width"] // self.patch_size)  # type: ignore[attr-defined]
         class_token = 1  # the stock formula takes it off again
-        self.num_additional_image_tokens = settings.count_tokens(num_patches) - num_patches + class_token
+        self.num_additional_image_tokens = settings.count_placeholders(num_patches) - num_patches + class_token

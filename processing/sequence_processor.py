@@ -6,12 +6,12 @@ from __future__ import annotations
 from transformers import LlavaNextProcessor, LlavaProcessor
 
 from ..configuration.settings_sequence import SequenceSettings
-from .checked_processor import CheckedProcessorMixin
+from .compressed_image_processor import CompressedImageProcessorMixin
 from .image_tiles import tile_grid
 from .placeholder_count import LlavaExactCountMixin
 
 
-class LlavaSequenceProcessor(CheckedProcessorMixin, LlavaExactCountMixin, LlavaProcessor):
+class LlavaSequenceProcessor(CompressedImageProcessorMixin, LlavaExactCountMixin, LlavaProcessor):
     """`LlavaProcessor` that writes as many placeholders as an image has tokens after compression.
 
     Args:
@@ -43,7 +43,7 @@ class LlavaSequenceProcessor(CheckedProcessorMixin, LlavaExactCountMixin, LlavaP
         )
 
 
-class LlavaNextSequenceProcessor(CheckedProcessorMixin, LlavaNextProcessor):
+class LlavaNextSequenceProcessor(CompressedImageProcessorMixin, LlavaNextProcessor):
     """`LlavaNextProcessor` that writes as many placeholders as an image has tokens after compression.
 
     Args:

@@ -12,20 +12,28 @@ import torch
 from foveate import convert
 from foveate.registry import METHODS
 
-from .conversion.tiny_checkpoints import write_clip, write_llava, write_llava_next
+from .conversion.tiny_checkpoints import write_clip, write_llava, write_llava_next, write_qwen3_vl
 
 
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
 #: How to write a tiny base of each kind, with the text encoder that goes with it.
-TINY_BASES = {"llava": (write_llava, write_clip), "llava_next": (write_llava_next, write_clip)}
+TINY_BASES = {
+    "llava": (write_llava, write_clip),
+    "llava_next": (write_llava_next, write_clip),
+    "qwen3_vl": (write_qwen3_vl, None),
+}
 
 #: Settings with which the contract sees all that a method does, where its defaults do little on so small a model.
 SETTINGS = {
     "qg-vtc": {"num_visual_tokens": 4, "layers": [0, 1]},
     "metacompress": {"keep_ratio": 0.4, "key_width": 16},
     **{name: {"keep_ratio": 0.4} for name in ("random", "sample", "spatial")},
+    "etc": {"num_visual_tokens": 3, "trained_tokens": 9},
 }
+
+#: Methods whose visual tokens the language model makes: no budget is the stock model, no token a sum of patches.
+INSIDE_THE_LANGUAGE_MODEL = {"etc"}
 
 #: (method, backbone) pairs of the registry: every model class goes through the contract.
 CLASSES = [(method, backbone) for method in METHODS.values() for backbone in method.backbones]

@@ -28,6 +28,7 @@ SCHEDULES = ("cosine", "linear", "constant_with_warmup", "constant")
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 PRECISIONS = ("bf16", "fp32")
 LAB_EXAMPLES = ("descriptions", "questions")
+AUXILIARY_LOSSES = ("vid", "mse", "none")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,35 @@ class DistillationRecipe:
 
 
 @dataclass(frozen=True)
+class AuxiliaryRecipe:
+    """What ETC learns beside the answers (Section 3.3): to give the image back from its compressed tokens.
+
+    Args:
+        loss: "vid" (with a learned variance), "mse", or "none".
+        weight: λ.
+        alpha: how much more what the text looks at counts, from 0 (all the same) to 1.
+        layer: of the language model, where features and attention are read: 1 is the first, −1 the last.
+        rank: of the decoder's bottleneck.
+    """
+
+    loss: str = "vid"
+    weight: float = 1e-5
+    alpha: float = 0.6
+    layer: int = -1
+    rank: int = 8
+
+    def __post_init__(self):
+        _choice(self, "loss", AUXILIARY_LOSSES)
+        _number(self, "weight", least=0)
+        _number(self, "alpha", least=0)
+        if self.alpha > 1:
+            raise ValueError(f"alpha must be a number from 0 to 1, not {self.alpha!r}.")
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer == 0:
+            raise ValueError(f"layer must be a whole number other than 0, not {self.layer!r}.")
+        _whole(self, "rank", 1)
+
+
+@dataclass(frozen=True)
 class StageRecipe:
     """One stage of training.
 
@@ -85,6 +115,7 @@ class StageRecipe:
         batch_size: examples a device and step.
         lora: adapters that train as well.
         distillation: learn from the uncompressed model's answers in place of those in the data.
+        auxiliary: learn something beside the answers.
         data: `lab`, `lab:NUMBER` (of scenes), `lab-next` (larger scenes) or a JSON file in LLaVA's format.
         images: the folder that the file's image paths begin in; the file's own, if `None`.
         lab_examples: what is learned about the lab's scenes.
@@ -114,6 +145,7 @@ class StageRecipe:
     batch_size: int
     lora: LoraRecipe | None = None
     distillation: DistillationRecipe | None = None
+    auxiliary: AuxiliaryRecipe | None = None
     data: str = "lab"
     images: str | None = None
     lab_examples: str = "questions"
@@ -182,6 +214,7 @@ def read_stage(
     stage: int,
     recipe: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
+    base_model_type: str = "",
 ) -> StageRecipe:
     """One stage of a method's recipe.
 
@@ -190,11 +223,12 @@ def read_stage(
         stage: its number in the file.
         recipe: a file in place of the method's own.
         changes: values by their path in the stage, for instance `{"lora.r": 8}`.
+        base_model_type: of the checkpoint, where a method has a recipe for each backbone.
 
     Raises:
         FoveateError: no recipe or stage, a file that is no recipe, an unknown key, a value out of range.
     """
-    path = Path(recipe).expanduser() if recipe is not None else _recipe_of(method)
+    path = Path(recipe).expanduser() if recipe is not None else _recipe_of(method, base_model_type)
     content = _read_yaml(path)
     _require_known(content, ("method", "stages"), path.name)
     if content.get("method") != method:
@@ -215,7 +249,8 @@ def make_stage(block: Any, changes: Mapping[str, Any], where: str) -> StageRecip
     for key, value in changes.items():
         _change(block, key, value)
     try:
-        for key, cls in (("lora", LoraRecipe), ("distillation", DistillationRecipe)):
+        parts = {"lora": LoraRecipe, "distillation": DistillationRecipe, "auxiliary": AuxiliaryRecipe}
+        for key, cls in parts.items():
             if isinstance(block.get(key), dict):
                 block[key] = _build(cls, block[key], f"{key}.")
         return _build(StageRecipe, block, "")
@@ -239,10 +274,11 @@ def show(content: Mapping[str, Any]) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def _recipe_of(method: str) -> Path:
-    path = RECIPES / f"{method}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+def _recipe_of(method: str, base_model_type: str) -> Path:
+    paths = [RECIPES / f"{method}-{base_model_type}.yaml", RECIPES / f"{method}.yaml"]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted({_read_yaml(file)["method"] for file in RECIPES.glob("*.yaml")}))
         raise FoveateError(
             f"There is no training recipe for '{method}': there is one for {known}; --recipe takes a file of your own."
         )
@@ -330,5 +366,6 @@ def _as_number(
 def _choice(instance: Any, name: str, choices: tuple) -> None:
     value = getattr(instance, name)
     if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
-        said = ", ".join(choice if isinstance(choice, str) else str(choice).lower() for choice in choices)
-        raise ValueError(f"{name} must be one of {said.replace('none', 'null')}, not {value!r}.")
+        words = {None: "null", True: "true", False: "false"}
+        said = ", ".join(words.get(choice, choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {said}, not {value!r}.")

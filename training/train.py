@@ -43,6 +43,7 @@ from ..registry import METHODS
 from .data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
 from .distillation import Distillation
 from .recipe import OPTIMIZERS, RECIPE_FILE, LoraRecipe, StageRecipe, earlier_stages, read_stage, show, write_recipe
+from .visual_distillation import AUXILIARY, VisualDistillation
 
 
 ADAPTER_FOLDER = "adapter"
@@ -170,9 +171,11 @@ def _make_job(
 ) -> _Job:
     if method not in METHODS:
         raise FoveateError(f"There is no method '{method}': choose one of {', '.join(METHODS)}.")
-    read = read_stage(method, stage, recipe, settings)
     folder = find_checkpoint(checkpoint)
-    compression = read_config(folder).get("compression")
+    config = read_config(folder)
+    of_base = {backbone.model_type: backbone.base_model_type for backbone in METHODS[method].backbones}
+    read = read_stage(method, stage, recipe, settings, of_base.get(config.get("model_type"), ""))
+    compression = config.get("compression")
     found = compression.get("method") if isinstance(compression, dict) else None
     if found != method:
         is_what = f"a checkpoint of '{found}'" if found else "not compressed: convert it first"
@@ -289,10 +292,11 @@ def _open_checkpoint(job: _Job, arguments: TrainingArguments) -> tuple[nn.Module
     model.config.use_cache = model.config.get_text_config().use_cache = False
     set_seed(job.recipe.seed)
     unfreeze(model, job.recipe)
-    if job.recipe.distillation is not None and not hasattr(model.model, "compressor"):
-        raise FoveateError(
-            f"The recipe has a distillation, which trains a compression matrix: the method '{job.method}' has none."
-        )
+    for part, method in (("distillation", "metacompress"), ("auxiliary", "etc")):
+        if getattr(job.recipe, part) is not None and job.method != method:
+            raise FoveateError(f"The recipe has a block `{part}`, which is of '{method}', not of '{job.method}'.")
+    if job.recipe.auxiliary is not None:
+        VisualDistillation.prepare(model, job.recipe.auxiliary)
     return model, processor
 
 
@@ -343,10 +347,11 @@ def _add_lora(model: Any, lora: LoraRecipe) -> Any:
 
 
 def _find_module(model: Any, name: str) -> nn.Module:
+    """A part of the model without a head, by its name there, or the head."""
     try:
-        return model.model.get_submodule(name)
+        return model.lm_head if name == "lm_head" else model.model.get_submodule(name)
     except AttributeError:
-        parts = ", ".join(part for part, _ in model.model.named_children())
+        parts = ", ".join([*(part for part, _ in model.model.named_children()), "lm_head"])
         raise FoveateError(f"The model has no module '{name}' to train: it has {parts}.") from None
 
 
@@ -393,21 +398,25 @@ class StageTrainer(Trainer):
             layers = self.model.model.language_model.layers
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [type(layers[0]).__name__]
 
+        self.objective = None
         if recipe.distillation is not None:
-            self.distillation = Distillation(self.model, recipe.distillation)
+            self.objective = Distillation(self.model, recipe.distillation)
+        elif recipe.auxiliary is not None:
+            self.objective = VisualDistillation(self.model, recipe.auxiliary)
+        if self.objective is not None:
             self.model_accepts_loss_kwargs = False  # the loss is a mean already, whatever is accumulated
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        if self.recipe.distillation is None:
+        if self.objective is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        loss = self.distillation(model, inputs)
+        loss = self.objective(model, inputs)
         return (loss, None) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.recipe.distillation is not None and "loss" in logs:
-            logs |= {name: round(float(term), 4) for name, term in self.distillation.terms.items()}
+        if self.objective is not None and "loss" in logs:
+            logs |= {name: round(float(term), 4) for name, term in self.objective.terms.items()}
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, *args: Any) -> Sampler:
@@ -417,6 +426,8 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a group of parameters a module of the recipe, and one for the adapters."""
         rates = dict(self.recipe.learning_rate)
+        if hasattr(self.model, AUXILIARY):  # as fast as the fastest
+            rates[AUXILIARY] = self.args.learning_rate
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in (self.model if model is None else model).named_parameters():
             if parameter.requires_grad:
@@ -507,7 +518,7 @@ def _write(job: _Job, trained: Mapping[str, torch.Tensor], facts: dict[str, Any]
     model = _load_model(job, "auto")
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     peft_model = unfreeze(model, job.recipe)
-    _fill(model, trained)
+    _fill(model, {name: value for name, value in trained.items() if not name.startswith(f"{AUXILIARY}.")})
     num_bytes = sum(shard.num_bytes for shard in read_shards(job.folder)) + _SMALL_FILES_BYTES
     with atomic_folder(job.out, num_bytes) as folder:
         if peft_model is not None and not job.merge:

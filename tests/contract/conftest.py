@@ -8,6 +8,18 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..conversion.tiny_checkpoints import QWEN_IMAGE
+
+
+def prompt_for(processor, text: str) -> str:
+    """A prompt with `<image>` in the processor's own words for it."""
+    return text.replace("<image>", "<image>" if processor.image_token == "<image>" else QWEN_IMAGE)
+
+
+def images_in(model, inputs) -> dict:
+    """What a processor returned for images."""
+    return {name: inputs[name] for name in model.image_inputs if name in inputs}
+
 
 def picture(seed: int, size: tuple[int, int] = (60, 42)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
@@ -61,7 +73,7 @@ def inputs_of(processor):
         images = [list(row.images) for row in rows]
         return processor(
             images=images if any(images) else None,
-            text=[row.prompt for row in rows],
+            text=[prompt_for(processor, row.prompt) for row in rows],
             padding=True,
             return_tensors="pt",
         )

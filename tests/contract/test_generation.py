@@ -6,7 +6,7 @@ from transformers import AutoModelForImageTextToText, StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from ..conversion.tiny_checkpoints import IMAGE_TOKEN_ID
-from .conftest import ROWS, Row, picture
+from .conftest import ROWS, Row, images_in, picture, prompt_for
 
 
 pytestmark = pytest.mark.contract_core
@@ -101,7 +101,8 @@ def test_a_later_turn_on_the_same_cache_gives_what_a_fresh_run_gives(model, proc
     first = model.generate(**inputs, **LENGTH, do_sample=False, return_dict_in_generate=True)
     assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
 
-    turn = processor.tokenizer(" USER:" + second.prompt, add_special_tokens=False)["input_ids"]
+    prompt = prompt_for(processor, " USER:" + second.prompt)
+    turn = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     image_token = model.config.image_token_id
     turn = [t for i in turn for t in [i] * (_placeholders(processor, inputs, image_token) if i == image_token else 1)]
     ids = torch.cat([first.sequences, torch.tensor([turn, turn])], dim=1)
@@ -112,15 +113,16 @@ def test_a_later_turn_on_the_same_cache_gives_what_a_fresh_run_gives(model, proc
     per_row = [[*row.images, *second.images] for row in rows]
     questions = [["what is it"], ["what colour is it is it"] * 2]
     questions = [asked + ["what colour"] * len(second.images) for asked in questions]
-    text = ["<image> " * len(images) + "what" for images in per_row]
+    text = [prompt_for(processor, "<image> " * len(images) + "what") for images in per_row]
     asked = {"question": questions} if hasattr(processor, "question_tokenizer") else {}
     full = processor(images=per_row, text=text, **asked, padding=True, return_tensors="pt")
-    visual = {k: v for k, v in full.items() if k not in ("input_ids", "attention_mask")}
+    visual = images_in(model, full)
     fresh = model.generate(input_ids=ids, attention_mask=mask, **visual, **LENGTH, do_sample=False)
 
     if not all_images:
         rank = torch.tensor([0] * 1 + [1] * len(second.images) + [0] * 2 + [1] * len(second.images))
-        visual = {k: v[rank == 1] for k, v in visual.items()} if second.images else {}
+        chosen = (rank == 1).nonzero()[:, 0]
+        visual = model.take_images(dict.fromkeys(model.image_inputs) | visual, chosen) if second.images else {}
     again = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -142,7 +144,7 @@ def test_a_later_turn_may_leave_out_what_an_earlier_one_said(model, processor, i
     mask = torch.cat([inputs["attention_mask"], new_columns], dim=1)
     mask[0, first.sequences.shape[1] - 4 : first.sequences.shape[1]] = 0
     mask[1, first.sequences.shape[1] - 1] = 0
-    visual = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    visual = images_in(model, inputs)
     fresh = model.generate(input_ids=ids, attention_mask=mask, **visual, **LENGTH, do_sample=False)
     kept = model.generate(
         input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **LENGTH, do_sample=False

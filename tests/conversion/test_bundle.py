@@ -14,7 +14,7 @@ from foveate.registry import backbones
 
 
 CONFIG_CLASSES = [backbone.config_class for backbone in backbones()]
-ALLOWED_PACKAGES = {"huggingface_hub", "numpy", "PIL", "torch", "transformers"}
+ALLOWED_PACKAGES = {"safetensors", "huggingface_hub", "numpy", "PIL", "torch", "transformers"}
 _packages = itertools.count()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -21,11 +21,28 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2TokenizerFast,
+    Qwen2VLImageProcessorFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 
 IMAGE_SIDE, PATCH_SIDE = 42, 14
 IMAGE_TOKEN_ID = 4
+QWEN_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|image_pad|>",
+    "<|vision_end|>",
+    "<|video_pad|>",
+)
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+WORDS = ["USER", "ASSISTANT", ":", "what", "colour", "is", "it", "red"]
 VISION = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -75,6 +92,56 @@ def write_llava_next(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: in
     return folder
 
 
+def write_qwen3_vl(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+    """A Qwen3-VL with tied embeddings and DeepStack, whose images have 4 to 9 visual tokens."""
+    torch.manual_seed(seed)
+    _write_qwen_tokenizer(folder)
+    tokenizer = Qwen2TokenizerFast.from_pretrained(folder)
+    text = {
+        "vocab_size": len(tokenizer) + 8,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+    }
+    vision = {
+        "depth": 3,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "patch_size": PATCH_SIDE,
+        "spatial_merge_size": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    ids = {
+        f"{name}_token_id": QWEN_SPECIAL.index(f"<|{token}|>")
+        for name, token in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **ids, tie_word_embeddings=True)
+    Qwen3VLForConditionalGeneration(config).to(dtype).save_pretrained(folder)
+    pixels = {"shortest_edge": 4 * (2 * PATCH_SIDE) ** 2, "longest_edge": 9 * (2 * PATCH_SIDE) ** 2}
+    parts = {"size": pixels, "patch_size": PATCH_SIDE, "merge_size": 2, "temporal_patch_size": 2}
+    template = CHAT_TEMPLATE.replace("<image>", QWEN_IMAGE)
+    Qwen3VLProcessor(
+        Qwen2VLImageProcessorFast(**parts), tokenizer, Qwen3VLVideoProcessor(**parts), chat_template=template
+    ).save_pretrained(folder)
+    _write_qwen_tokenizer(folder)  # as it was: what a version writes others can't all read
+    return folder
+
+
 _PROCESSOR_ARGUMENTS = {
     "patch_size": PATCH_SIDE,
     "vision_feature_select_strategy": "default",
@@ -85,7 +152,7 @@ _PROCESSOR_ARGUMENTS = {
 
 def _language_parts() -> tuple[PreTrainedTokenizerFast, dict]:
     """A tokenizer, and the arguments of a LLaVA config that goes with it."""
-    tokenizer = _tokenizer(["USER", "ASSISTANT", ":", "what", "colour", "is", "it", "red"], ["<image>"])
+    tokenizer = _tokenizer(WORDS, ["<image>"])
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -159,6 +226,33 @@ def _make_tokenizer_neutral(folder: Path) -> None:
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     path.write_text(json.dumps(config))
+
+
+def _write_qwen_tokenizer(folder: Path) -> None:
+    """Byte-level BPE in files that the Qwen2 tokenizer of every version reads; the image's token is the fifth."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(QWEN_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" " + " ".join(WORDS)] * 100, trainer)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.model.save(str(folder))
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "pad_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": None,
+        "additional_special_tokens": list(QWEN_SPECIAL),
+        "padding_side": "left",
+        "model_max_length": 2048,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def _tokenizer(words: list[str], special: list[str], max_length: int = 2048) -> PreTrainedTokenizerFast:

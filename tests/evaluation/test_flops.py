@@ -30,10 +30,13 @@ from foveate.evaluation.flops import (
     count_visual_tokens,
     encoder_ratio,
     flops,
+    is_qwen,
     prefill_flops,
 )
 from foveate.evaluation.shapes import SHAPES, config_of_shape
 from foveate.registry import Backbone
+
+from ..contract.conftest import prompt_for
 
 
 PROMPT = "USER: <image> what is it ASSISTANT:"
@@ -77,11 +80,35 @@ def counting():
 
 def measure(model, processor, size=(60, 42)) -> tuple[FlopCounterMode, int, int]:
     """What PyTorch counts of a forward pass, the number of text tokens, and that of all placeholders."""
-    inputs = processor(images=Image.new("RGB", size, "red"), text=PROMPT, return_tensors="pt")
+    inputs = processor(images=Image.new("RGB", size, "red"), text=prompt_for(processor, PROMPT), return_tensors="pt")
+    if getattr(model.config, "compression", None) and model.config.compression.method == "etc":
+        inputs = image_first(inputs, model.config.image_token_id)
     with counting() as counter:
         model(**inputs, logits_to_keep=1)
     placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
     return counter, inputs["input_ids"].shape[1] - placeholders, placeholders
+
+
+def image_first(inputs, image_token_id: int):
+    """The prompt as the account has it, where what precedes an image makes a difference."""
+    ids = inputs["input_ids"]
+    return {**inputs, "input_ids": torch.cat([ids[ids == image_token_id], ids[ids != image_token_id]])[None]}
+
+
+def sizes_of(config) -> list[tuple[int, int]]:
+    """Pictures in pixels; Qwen's as they are after resizing."""
+    return [(84, 56), (56, 56)] if is_qwen(config) else [(60, 42), (100, 20)]
+
+
+def of_vision(counter: FlopCounterMode, config) -> tuple[int, int]:
+    """Of the vision tower and of what projects its patches."""
+    if not is_qwen(config):
+        return of_module(counter, ".vision_tower"), of_module(counter, ".multi_modal_projector")
+    mergers = of_module(counter, ".visual.merger") + sum(
+        of_module(counter, f".deepstack_merger_list.{layer}")
+        for layer in range(len(config.vision_config.deepstack_visual_indexes))
+    )
+    return of_module(counter, ".visual") - mergers, mergers
 
 
 def of_module(counter: FlopCounterMode, ending: str) -> int:
@@ -102,10 +129,10 @@ def of_all(counter: FlopCounterMode) -> int:
 class TestEqualsWhatPyTorchCounts:
     def test_of_every_part_of_a_stock_model(self, base_folder):
         model = AutoModelForImageTextToText.from_pretrained(base_folder).eval()
-        counter, text_tokens, placeholders = measure(model, AutoProcessor.from_pretrained(base_folder))
-        found = account_of(model.config, (60, 42), text_tokens)
-        assert found.vision_tower == of_module(counter, ".vision_tower")
-        assert found.projector == of_module(counter, ".multi_modal_projector")
+        size = sizes_of(model.config)[0]
+        counter, text_tokens, placeholders = measure(model, AutoProcessor.from_pretrained(base_folder), size)
+        found = account_of(model.config, size, text_tokens)
+        assert (found.vision_tower, found.projector) == of_vision(counter, model.config)
         assert found.llm_prefill == of_prefill(counter)
         assert found.total == of_all(counter)
         assert found.visual_tokens == placeholders
@@ -117,13 +144,13 @@ class TestEqualsWhatPyTorchCounts:
         processor = AutoProcessor.from_pretrained(checkpoint)
         original = dataclasses.asdict(model.config.compression)
         changes = SETTINGS.get(method.name, [{"num_visual_tokens": 4}])
-        for settings, size in itertools.product(changes, [(60, 42), (100, 20)]):
+        for settings, size in itertools.product(changes, sizes_of(model.config)):
             model.set_compression(processor, **{**original, **settings})
             counter, text_tokens, _ = measure(model, processor, size)
             found = account_of(model.config, size, text_tokens)
             of_question = sum(of_module(counter, f".question_encoder.text_{part}") for part in ("model", "projection"))
             assert found.text_encoder == of_question, settings
-            assert found.projector == of_module(counter, ".multi_modal_projector"), settings
+            assert found.projector == of_vision(counter, model.config)[1], settings
             assert found.llm_prefill == of_prefill(counter), settings
             assert found.total == of_all(counter), settings
             assert not found.at_most
@@ -140,7 +167,7 @@ class TestEqualsWhatPyTorchCounts:
         )
         with counting() as counter:
             LlamaForCausalLM(config)(torch.arange(7)[None], logits_to_keep=1)
-        assert prefill_flops(config, 7) == of_all(counter)
+        assert prefill_flops(config, [(7, 7)]) == of_all(counter)
 
     @pytest.mark.parametrize("size", [(42, 42), (84, 84), (100, 20), (20, 100), (61, 80), (13, 7), (500, 11)])
     def test_of_the_tiles_of_llava_next(self, size, tiny_llava_next):
@@ -227,7 +254,8 @@ class TestShapes:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_have_the_published_number_of_tokens_and_bytes(self, shape):
         found = flops(shape=shape).to_dict()
-        tokens = 1176 if "next" in shape else 576  # LLaVA-NeXT, 336 × 336: two tiles unpadded, their newlines, overview
+        # LLaVA-NeXT, 336 × 336: two tiles unpadded, their newlines, overview; Qwen3-VL, 1024 × 1024.
+        tokens = 1176 if "next" in shape else 1024 if "qwen" in shape else 576
         assert found["visual_tokens"] == tokens
         text = config_of_shape(shape).text_config
         assert found["kv_bytes"] == (tokens + 60) * text.num_hidden_layers * 4 * text.num_key_value_heads * 128

@@ -145,7 +145,7 @@ def test_training_changes_the_compressor_alone_and_no_further_than_its_limits(di
 
 
 def test_a_method_without_matrices_is_refused(tiny, tmp_path):
-    with pytest.raises(FoveateError, match="the method 'qg-vtc' has none"):
+    with pytest.raises(FoveateError, match="`distillation`, which is of 'metacompress'"):
         train("qg-vtc", tiny, tmp_path / "out", settings={**QUICK, "distillation.entropy": 1}, progress=False)
     assert not (tmp_path / "out").exists()
 

@@ -54,7 +54,8 @@ def test_what_is_saved_reads_as_a_recipe(tmp_path):
 
 def test_every_recipe_reads():
     for path in RECIPES.glob("*.yaml"):
-        read_stage(path.stem, 1)
+        method, _, backbone = path.stem.partition("-") if path.stem.startswith("etc-") else (path.stem, "", "")
+        read_stage(method, 1, base_model_type=backbone)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_a_bad_file_is_refused(tmp_path, text, message):
 
 
 def test_a_method_or_file_without_a_recipe(tmp_path):
-    with pytest.raises(FoveateError, match="no training recipe for 'recoverable': there is one for metacompress"):
+    with pytest.raises(FoveateError, match="no training recipe for 'recoverable': there is one for etc, metacompress"):
         read_stage("recoverable", 1)
     with pytest.raises(FoveateError, match="no recipe file"):
         read_stage("qg-vtc", 1, tmp_path / "none.yaml")
