@@ -136,9 +136,12 @@ class CompressionConfigMixin:
         }
 
     @property
-    def num_patches(self) -> int:
-        """Patches of one image, which is also the number of visual tokens without compression."""
+    def num_patches(self) -> int | None:
+        """Patches of one image, which is also the number of visual tokens without compression; `None` where each image
+        has its own."""
         vision = self.vision_config  # type: ignore[attr-defined]
+        if not hasattr(vision, "image_size"):
+            return None
         return (vision.image_size // vision.patch_size) ** 2
 
     def change_compression(self, keep_ratio: float | None = None, **changes) -> CompressionSettings:

@@ -20,9 +20,6 @@ class Qwen3VLETCConfig(CompressionConfigMixin, Qwen3VLConfig):
     model_type = "qwen3_vl_etc"
     settings_class = ETCSettings
 
-    #: Of one image: each has its own number.
-    num_patches = None
-
     def __init__(self, compression: ETCSettings | dict[str, Any] | None = None, **kwargs):
         self.compression = self.settings_class.from_dict(compression)
         kwargs["auto_map"] = self.remote_code_map()

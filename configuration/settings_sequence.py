@@ -45,7 +45,7 @@ class SequenceSettings(CompressionSettings):
 
     def fitted_to(self, config: Any) -> SequenceSettings:
         longest = config.longest_sequence
-        if self.num_visual_tokens is not None and self.num_visual_tokens > longest:
+        if self.num_visual_tokens is not None and longest is not None and self.num_visual_tokens > longest:
             raise ValueError(
                 f"num_visual_tokens is {self.num_visual_tokens}, but an image has at most {longest} tokens of all its "
                 f"patches: choose at most {longest}."
@@ -64,8 +64,10 @@ class SequenceConfigMixin(CompressionConfigMixin):
     `__init__`."""
 
     @property
-    def longest_sequence(self) -> int:
-        """Tokens of the image that has the most of them."""
+    def longest_sequence(self) -> int | None:
+        """Tokens of the image that has the most of them; `None`: an image's size is its own, and so is their number."""
+        if self.num_patches is None:
+            return None
         vision = self.vision_config  # type: ignore[attr-defined]
         side, patch = vision.image_size, vision.patch_size
         grids = [  # LLaVA-NeXT's tiles and newlines
@@ -75,7 +77,7 @@ class SequenceConfigMixin(CompressionConfigMixin):
         return self.num_patches + max(grids, default=0)
 
     def _check_method_fields(self) -> None:
-        if self.vision_feature_select_strategy != "default":  # type: ignore[attr-defined]
+        if getattr(self, "vision_feature_select_strategy", "default") != "default":  # type: ignore[attr-defined]
             raise ValueError(
                 f"The method '{self.compression.method}' needs vision_feature_select_strategy 'default' (patches "
                 f"without the class token), not {self.vision_feature_select_strategy!r}."  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .flops import MethodAccount
+from .flops import MethodAccount, is_qwen
 
 
 def account(config: Any, stock: MethodAccount, num_tiles: int, length: int) -> MethodAccount:
@@ -13,5 +13,11 @@ def account(config: Any, stock: MethodAccount, num_tiles: int, length: int) -> M
     settings = config.compression
     kept, multiply_adds = settings.count_tokens(length), 0
     if settings.method == "spatial" and kept < length:
-        multiply_adds = kept * length * config.text_config.hidden_size
+        multiply_adds = kept * length * _width(config)
     return replace(stock, visual_tokens=kept, compressor=2 * multiply_adds)
+
+
+def _width(config: Any) -> int:
+    """Of what goes into a mean: in Qwen3-VL what DeepStack adds to a token, and its place, go with it."""
+    width = config.text_config.hidden_size
+    return width * (1 + len(config.vision_config.deepstack_visual_indexes)) + 4 if is_qwen(config) else width

@@ -106,6 +106,7 @@ METHODS: dict[str, Method] = {
                 backbones=(
                     Backbone("llava", "llava_baseline", "LlavaBaseline", "LLaVA-1.5"),
                     Backbone("llava_next", "llava_next_baseline", "LlavaNextBaseline", "LLaVA-NeXT"),
+                    Backbone("qwen3_vl", "qwen3_vl_baseline", "Qwen3VLBaseline", "Qwen3-VL"),
                 ),
             )
             # The baselines of MetaCompress's paper, which share everything.

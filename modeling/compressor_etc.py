@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .position_ids import grid_positions
+
 
 class CompressedTokens(nn.Module):
     """The embeddings of Z, (number of tokens that were trained, width of the language model)."""
@@ -172,26 +174,20 @@ def push_right(chosen: torch.Tensor) -> torch.Tensor:
     return torch.where(chosen.gather(1, order), order, -1)
 
 
-def line_positions(present: torch.Tensor) -> torch.Tensor:
-    """Position ids that count every column, V among them; (1, batch, columns), from 0 in each row."""
-    return (present.long().cumsum(1) - 1).clamp(min=0)[None]
-
-
-def grid_positions(columns: ImageColumns, grids: torch.Tensor) -> torch.Tensor:
+def positions_on_grids(columns: ImageColumns, grids: torch.Tensor) -> torch.Tensor:
     """Qwen's positions in time, height and width, (3, batch, columns), from 0 in each row.
 
-    An image's tokens lie at their row and column of its grid, all at one time; where the largest of them ends, at p,
-    Z goes on: t = p for all of it, h = w = p, p + 1, …; then the text.
+    Where the largest of an image's ids ends, at p, Z goes on: t = p for all of it, h = w = p, p + 1, …; then the text.
 
     Args:
         columns: of the batch.
         grids: (images, 2), height and width of each image in tokens; n is their product.
     """
     is_visual, is_compressed = columns.visual, columns.compressed
-    height, width = grids[columns.image].unbind(-1)
-    is_last = is_visual & (columns.offset == columns.lengths[columns.image] - 1)
-    step = torch.where(is_visual, torch.where(is_last, torch.maximum(height, width), 0), 1) * columns.present
-    base = step.cumsum(1) - step
-    z_place = torch.where(is_compressed, columns.offset - columns.lengths[columns.image], 0)
     within = torch.where(is_visual, columns.offset, 0)
-    return torch.stack([base - z_place, base + within // width, base + within % width])
+    is_last = is_visual & (columns.offset == columns.lengths[columns.image] - 1)
+    width = grids[columns.image][..., 1]
+    extents = torch.where(is_last, grids.amax(1)[columns.image], 0)
+    positions = grid_positions(columns.present, is_visual, torch.stack([within // width, within % width]), extents)
+    positions[0] -= torch.where(is_compressed, columns.offset - columns.lengths[columns.image], 0)
+    return positions

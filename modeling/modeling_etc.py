@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache
 from transformers.utils import logging
 
 from .attention_rows import attention_over, watched_attention
-from .compatibility import cache_positions, checkpoints_activations, write_to_cache
+from .compatibility import checkpoints_activations, write_to_cache
 from .compressed_image import CompressedImage
 from .compressed_model import (
     CompressedCausalLMOutputWithPast,
@@ -30,15 +30,15 @@ from .compressor_etc import (
     ImageColumns,
     Pass,
     bottleneck_mask,
-    line_positions,
     locate_columns,
     plan_passes,
 )
 from .evicting_cache import EvictingCache
 from .image_inputs import ImageInputsMixin
 from .logical_cache import LogicalCache
-from .logical_model import LogicalGenerationMixin, LogicalModelMixin
-from .physical_sequence import lay_out
+from .logical_model import LogicalGenerationMixin
+from .placed_model import PlacedModelMixin
+from .position_ids import line_positions
 
 
 logger = logging.get_logger(__name__)
@@ -64,7 +64,7 @@ class EncodedImages:
     deepstack: list[torch.Tensor] | None = None
 
 
-class ETCModelMixin(LogicalModelMixin):
+class ETCModelMixin(PlacedModelMixin):
     """Mixed into a model without a head, before the Transformers class. A backbone brings `encode_images` and, where
     positions are not a line, `positions_of`."""
 
@@ -172,7 +172,7 @@ class ETCModelMixin(LogicalModelMixin):
             raise ValueError("Pass pixel_values or compressed_images, not both.")
         if not has_images and compressed_images is None:
             self._check_text_alone(input_ids, cache)
-            return self._run_text(inputs_embeds, present, cache, **kwargs), None, None
+            return self._run_columns(inputs_embeds, present, cache, **kwargs), None, None
 
         num_compressed = self.config.compression.num_visual_tokens  # type: ignore[attr-defined]
         if compressed_images is not None:
@@ -220,64 +220,6 @@ class ETCModelMixin(LogicalModelMixin):
     @property
     def _takes_masks(self) -> bool:
         return self.config.get_text_config()._attn_implementation in MASK_KERNELS  # type: ignore[attr-defined]
-
-    def _check_text_alone(self, input_ids: torch.Tensor | None, cache: LogicalCache | None) -> None:
-        begins = cache is None or cache.logical_length == 0  # later a guess of an assistant's may look like an image
-        if begins and input_ids is not None and bool((input_ids == self.config.image_token_id).any()):  # type: ignore[attr-defined]
-            raise ValueError(
-                "input_ids has placeholder tokens of images, but there are none: pass pixel_values or "
-                "compressed_images with it, as the processor returns them."
-            )
-
-    def _run_text(
-        self, inputs_embeds: torch.Tensor, present: torch.Tensor | None, cache: LogicalCache | None, **kwargs: Any
-    ) -> CompressedModelOutputWithPast:
-        """Columns without an image: nothing is left out."""
-        batch_size, length = inputs_embeds.shape[:2]
-        device = inputs_embeds.device
-        sequence = lay_out(inputs_embeds, present, cache)
-        if present is None:
-            present = torch.ones(batch_size, length, dtype=torch.bool, device=device)
-        line = line_positions(present)[0]
-        if cache is not None:
-            line = line + cache.next_positions(batch_size, device)
-        past = 0 if cache is None else cache.physical_length
-        output = self._run_language_model(
-            inputs_embeds, sequence.attention_mask, line[None], None if cache is None else cache.inner, past, **kwargs
-        )
-        if cache is not None:
-            new = sequence.source[:, past:]
-            cache.extend(new, line, length, sequence.has_gaps)
-        return CompressedModelOutputWithPast(
-            last_hidden_state=output.last_hidden_state,
-            past_key_values=cache,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-
-    def _run_language_model(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        positions: torch.Tensor,
-        cache: Cache | None,
-        past: int,
-        **kwargs: Any,
-    ) -> Any:
-        """positions: (dimensions, batch, columns), or one for all dimensions."""
-        return self.language_model(  # type: ignore[attr-defined]
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=self._position_ids(positions),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **cache_positions(past, inputs_embeds.shape[1], inputs_embeds.device),
-            **kwargs,
-        )
-
-    def _position_ids(self, positions: torch.Tensor) -> torch.Tensor:
-        """As the language model takes them."""
-        return positions[0]
 
     def _run_masked(
         self,

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin, Qwen3VLForConditionalGeneration, Qwen3VLModel
+from transformers import Cache, Qwen3VLForConditionalGeneration, Qwen3VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel
 
 from ..configuration.configuration_qwen3_vl_etc import Qwen3VLETCConfig
-from .compatibility import stock_deepstack_features
 from .compressed_image import CompressedImage
 from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast
-from .compressor_etc import grid_positions
+from .compressor_etc import positions_on_grids
 from .modeling_etc import EncodedImages, ETCGenerationMixin, ETCModelMixin
+from .qwen3_vl_backbone import Qwen3VLGenerationMixin, Qwen3VLModelMixin, refuse_videos
 
 
-class Qwen3VLETCModel(ETCModelMixin, Qwen3VLModel):
+class Qwen3VLETCModel(Qwen3VLModelMixin, ETCModelMixin, Qwen3VLModel):
     """The stock model with compressed tokens after each image's visual ones, to which DeepStack adds nothing."""
 
     config_class = Qwen3VLETCConfig
-    visual_inputs = ("pixel_values", "image_grid_thw")
 
     def __init__(self, config: Qwen3VLETCConfig):
         super().__init__(config)
@@ -27,19 +26,11 @@ class Qwen3VLETCModel(ETCModelMixin, Qwen3VLModel):
         self.post_init()
 
     def encode_images(self, pixel_values, image_grid_thw):
-        if image_grid_thw is None:
-            raise ValueError("pixel_values need image_grid_thw: pass what the processor returns.")
-        sequences, deepstack = stock_deepstack_features(
-            Qwen3VLModel, self, pixel_values=pixel_values, image_grid_thw=image_grid_thw
-        )
-        grids = image_grid_thw[:, 1:] // self.config.vision_config.spatial_merge_size
+        sequences, deepstack, grids = self.read_images(pixel_values, image_grid_thw)
         return EncodedImages(torch.cat(sequences), [len(tokens) for tokens in sequences], grids, deepstack)
 
     def positions_of(self, columns, grids):
-        return grid_positions(columns, grids)
-
-    def _position_ids(self, positions):
-        return positions.expand(3, -1, -1)
+        return positions_on_grids(columns, grids)
 
     def forward(
         self,
@@ -86,11 +77,10 @@ class Qwen3VLETCModel(ETCModelMixin, Qwen3VLModel):
         return output if return_dict else output.to_tuple()
 
 
-class Qwen3VLETCForConditionalGeneration(ETCGenerationMixin, Qwen3VLForConditionalGeneration):
+class Qwen3VLETCForConditionalGeneration(Qwen3VLGenerationMixin, ETCGenerationMixin, Qwen3VLForConditionalGeneration):
     """[`Qwen3VLETCModel`] with a language modeling head."""
 
     config_class = Qwen3VLETCConfig
-    image_inputs = ("pixel_values", "image_grid_thw", "compressed_images")
 
     def __init__(self, config: Qwen3VLETCConfig):
         Qwen3VLPreTrainedModel.__init__(self, config)  # not the stock class's: it would build the stock model first
@@ -141,28 +131,6 @@ class Qwen3VLETCForConditionalGeneration(ETCGenerationMixin, Qwen3VLForCondition
             output_compression=output_compression,
             **kwargs,
         )
-
-    def count_placeholders(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
-        merged = self.config.vision_config.spatial_merge_size**2
-        return images["image_grid_thw"].prod(-1) // merged + self.config.compression.num_visual_tokens
-
-    def take_images(self, images, chosen):
-        """The patches of all images lie in one tensor."""
-        grids, pixels = images["image_grid_thw"], images["pixel_values"]
-        if grids is None or pixels is None:
-            return super().take_images(images, chosen)
-        pieces = pixels.split(grids.prod(-1).tolist())
-        taken = torch.cat([pieces[index] for index in chosen.tolist()])
-        return {**images, "pixel_values": taken, "image_grid_thw": grids[chosen.to(grids.device)]}
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        # Newer 5.x lay out the grids of images here, without the compressed tokens; `forward` does it itself.
-        return GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
-
-
-def refuse_videos(pixel_values_videos: torch.Tensor | None) -> None:
-    if pixel_values_videos is not None:
-        raise ValueError("ETC on Qwen3-VL takes images, not videos yet: pass single frames as images.")
 
 
 __all__ = ["Qwen3VLETCForConditionalGeneration", "Qwen3VLETCModel"]

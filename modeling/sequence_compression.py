@@ -80,6 +80,11 @@ class SequenceModelMixin(ExactCountModelMixin):
         else:
             sequences = self.read_sequences(pixel_values, image_sizes)
         keys = self.image_keys(pixel_values, len(sequences))
+        return self._compress(sequences, keys, trace, image_sizes)
+
+    def _compress(
+        self, sequences: list[torch.Tensor], keys: torch.Tensor, trace: bool, image_sizes: torch.Tensor | None
+    ) -> CompressedImages:
         lengths = [len(sequence) for sequence in sequences]
         counts = [self.config.compression.count_tokens(length) for length in lengths]  # type: ignore[attr-defined]
         if counts == lengths and not trace:  # nothing to compress: the stock model
@@ -123,15 +128,22 @@ class SequenceModelMixin(ExactCountModelMixin):
         """
         with torch.no_grad():
             compressed = self.compress_images(pixel_values, image_sizes)
+        return self._as_compressed_images(compressed)
+
+    def _as_compressed_images(self, compressed: CompressedImages) -> list[CompressedImage]:
         tokens = compressed.tokens.split(compressed.counts)
         return [
             CompressedImage(self.config.compression.method, len(found), embeddings=found.clone())  # type: ignore[attr-defined]
             for found in tokens
         ]
 
+    def _width(self) -> int:
+        """Of what `compress_images` gives."""
+        return self.config.text_config.hidden_size  # type: ignore[attr-defined]
+
     def _tokens_of(self, images: list[CompressedImage]) -> torch.Tensor:
         """(tokens, width) of images that were compressed before."""
-        method, width = self.config.compression.method, self.config.text_config.hidden_size  # type: ignore[attr-defined]
+        method, width = self.config.compression.method, self._width()  # type: ignore[attr-defined]
         for image in images:
             image.require(method, image.embeddings is not None and image.embeddings.shape[1] == width)
         return torch.cat([image.embeddings for image in images])  # type: ignore[misc]

@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from foveate import convert
 from foveate.modeling import modeling_etc
 from foveate.modeling.compatibility import iterate_cache_tensors
-from foveate.modeling.compressor_etc import bottleneck_mask, grid_positions, line_positions, locate_columns, plan_passes
+from foveate.modeling.compressor_etc import bottleneck_mask, locate_columns, plan_passes, positions_on_grids
+from foveate.modeling.position_ids import line_positions
 
 from ..contract.conftest import ROWS, Row, picture, prompt_for
 from ..conversion.tiny_checkpoints import write_llava, write_qwen3_vl
@@ -174,7 +175,7 @@ def test_positions_on_a_grid():
     present = torch.ones_like(is_image)
     present[0, 0] = False
     columns = locate_columns(is_image, present, [6, 3], 2)
-    time, height, width = grid_positions(columns, torch.tensor([[2, 3], [3, 1]]))[:, 0]
+    time, height, width = positions_on_grids(columns, torch.tensor([[2, 3], [3, 1]]))[:, 0]
     # The first image begins at 1 and ends before 4; Z at 4 and 5; text 6 and 7; the second from 8 to 10, Z at 11, 12.
     assert time.tolist()[1:] == [0] + [1] * 6 + [4, 4] + [6, 7] + [8] * 3 + [11, 11] + [13]
     assert height.tolist()[1:] == [0, 1, 1, 1, 2, 2, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
