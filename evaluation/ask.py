@@ -21,7 +21,7 @@ from ..modeling.tile_layout import TileLayout
 from ..processing.image_tiles import TileGrid, tile_grid
 from .flops import kv_bytes_by_account
 from .harness import Checkpoint, open_checkpoint, require_writable, visual_tokens_kept
-from .picture import SeenImage, draw_compression, seen_image
+from .picture import SeenImage, draw_compression, pixels_of_patches, seen_image
 
 
 LAB_PICTURES = {"lab": draw_scene, "lab-next": draw_large_scene}
@@ -185,8 +185,12 @@ class _Asked:
         return self.checkpoint.decode(sequences, self.inputs["input_ids"].shape[1])[0]
 
     def seen(self) -> SeenImage:
-        """The image as the vision tower sees it."""
+        """The image as the vision tower sees it; where it merges patches, each is a merged token."""
         image_processor, vision = self.checkpoint.processor.image_processor, self.model.config.vision_config
+        if "image_grid_thw" in self.inputs:
+            patches, grid_thw = self.inputs["pixel_values"], self.inputs["image_grid_thw"][0]
+            pixels = pixels_of_patches(patches, grid_thw, image_processor)
+            return seen_image(pixels, image_processor, vision.patch_size * vision.spatial_merge_size)
         return seen_image(self.inputs["pixel_values"], image_processor, vision.patch_size, self.grid)
 
     def provenance(self) -> TokenProvenance:

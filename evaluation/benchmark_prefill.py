@@ -15,19 +15,26 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
-from accelerate import init_empty_weights
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from ..configuration.configuration_llava_baseline import LlavaBaselineConfig
 from ..configuration.configuration_llava_metacompress import LlavaMetaCompressConfig
 from ..errors import FoveateError
 from ..modeling.modeling_llava_baseline import LlavaBaselineForConditionalGeneration
 from ..modeling.modeling_llava_metacompress import LlavaMetaCompressForConditionalGeneration
-from .benchmarking import command_parser, conditions, describe, parse, spread, take_turns, timed
+from .benchmarking import (
+    command_parser,
+    conditions,
+    describe,
+    parse,
+    random_model,
+    sharing,
+    spread,
+    take_turns,
+    timed,
+)
 from .flops import DEFAULT_TEXT_TOKENS, account_of
 from .shapes import config_of_shape
 
@@ -40,8 +47,6 @@ RATIOS = [
     ("compressor", "metacompress"),
 ]
 TARGETS = {"metacompress : sample": 1.03, "compressor : language model": 0.02}  # at most
-_HEADROOM = 1.1  # activations and caches beside the weights
-_NUM_VALUES = 1_000_003  # random values that weights repeat; a prime, so that no two rows are alike
 
 
 class _Bench:
@@ -51,7 +56,7 @@ class _Bench:
         torch.manual_seed(0)
         self.config, self.text_tokens, self.batch_size = config, text_tokens, batch_size
         keep_ratio, width = config.compression.keep_ratio, config.text_config.hidden_size
-        self.metacompress = random_model(config, dtype)
+        self.metacompress = random_model(LlavaMetaCompressForConditionalGeneration, config, dtype)
         self.sample = _sharing(self.metacompress, keep_ratio)
         self.uncompressed = _sharing(self.metacompress, keep_ratio=1.0)
         side = config.vision_config.image_size
@@ -99,43 +104,13 @@ class _Bench:
         }
 
 
-def random_model(config: LlavaMetaCompressConfig, dtype: torch.dtype) -> LlavaMetaCompressForConditionalGeneration:
-    """A model of random weights. Values repeat, as billions of them would take longer to draw than to run.
-
-    Raises:
-        FoveateError: a model for which there is not memory enough.
-    """
-    with init_empty_weights(include_buffers=False):
-        model = LlavaMetaCompressForConditionalGeneration(config)
-    num_bytes = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
-    available = psutil.virtual_memory().available
-    if _HEADROOM * num_bytes > available:
-        raise FoveateError(
-            f"A model of {num_bytes / 1e9:.1f} GB and what it computes don't fit in the {available / 1e9:.1f} GB of "
-            "memory that are free: run fewer layers of the language model (--layers)."
-        )
-    values = 0.02 * torch.randn(_NUM_VALUES)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            weights = torch.empty(parameter.shape, dtype=dtype)
-            for piece in weights.view(-1).split(_NUM_VALUES):
-                piece.copy_(values[: len(piece)])
-            setattr(module, name, nn.Parameter(weights, requires_grad=False))
-    return model.eval()
-
-
 def _sharing(model: LlavaMetaCompressForConditionalGeneration, keep_ratio: float) -> Any:
     """A model that samples to this share, made of the very modules of another."""
     fields = {
         name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "compression")
     }
     config = LlavaBaselineConfig.from_dict({**fields, "compression": {"method": "sample", "keep_ratio": keep_ratio}})
-    with init_empty_weights():
-        other = LlavaBaselineForConditionalGeneration(config)
-    for name, _ in list(other.model.named_children()):
-        setattr(other.model, name, getattr(model.model, name))
-    other.lm_head = model.lm_head
-    return other.eval()
+    return sharing(model, LlavaBaselineForConditionalGeneration, config)
 
 
 @torch.inference_mode()

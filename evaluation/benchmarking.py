@@ -14,12 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import psutil
 import torch
+from accelerate import init_empty_weights
 from rich.console import Console
 from rich.progress import track
+from torch import nn
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
+from ..errors import FoveateError
 
+
+_HEADROOM = 1.1  # activations and caches beside the weights
+_NUM_VALUES = 1_000_003  # random values that weights repeat; a prime, so that no two rows are alike
 Measurement = TypeVar("Measurement")
 
 
@@ -60,6 +67,42 @@ class Shapes:
             max_position_embeddings=self.text_length,
             projection_dim=self.projection,
         )
+
+
+def random_model(model_class: type, config: Any, dtype: torch.dtype) -> Any:
+    """A model of random weights. Values repeat, as billions of them would take longer to draw than to run.
+
+    Raises:
+        FoveateError: a model for which there is not memory enough.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config)
+    num_bytes = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    available = psutil.virtual_memory().available
+    if _HEADROOM * num_bytes > available:
+        raise FoveateError(
+            f"A model of {num_bytes / 1e9:.1f} GB and what it computes don't fit in the {available / 1e9:.1f} GB of "
+            "memory that are free: run fewer layers of the language model (--layers)."
+        )
+    values = 0.02 * torch.randn(_NUM_VALUES)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            weights = torch.empty(parameter.shape, dtype=dtype)
+            for piece in weights.view(-1).split(_NUM_VALUES):
+                piece.copy_(values[: len(piece)])
+            setattr(module, name, nn.Parameter(weights, requires_grad=False))
+    model.tie_weights()
+    return model.eval()
+
+
+def sharing(model: Any, model_class: type, config: Any) -> Any:
+    """Another model, made of the very modules of this one."""
+    with init_empty_weights():
+        other = model_class(config)
+    for name, _ in list(other.model.named_children()):
+        setattr(other.model, name, getattr(model.model, name))
+    other.lm_head = model.lm_head
+    return other.eval()
 
 
 def timed(run: Callable[[], Any], now: Callable[[], float] = time.perf_counter) -> Callable[[], float]:

@@ -18,7 +18,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """An image and what is asked about it, turn after turn."""
+    """An image, or none, and what is asked about it, turn after turn."""
 
-    image: Image.Image
+    image: Image.Image | None
     turns: tuple[Turn, ...]

@@ -37,7 +37,7 @@ from ..lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sampl
 from ..modeling.compressed_model import CompressedModelMixin
 from ..modeling.logical_cache import LogicalCache
 from .examples import Example, Turn
-from .flops import count_visual_tokens, uncompressed_account
+from .flops import count_visual_tokens, is_qwen, uncompressed_account
 from .metrics import METRICS, mean_of
 from .multi_turn import CachedTurns
 from .published_dialogues import GQA_QUESTIONS, VQA_QUESTIONS, PublishedDialogues, mt_gqa, mt_vqa_v2
@@ -73,7 +73,9 @@ class Task:
     reads: str | None = None
 
 
-def _lab_examples(number: int, seed: int, num_turns: int, draw: Callable[[Scene], Image.Image]) -> Iterator[Example]:
+def _lab_examples(
+    number: int, seed: int, num_turns: int, draw: Callable[[Scene], Image.Image | None]
+) -> Iterator[Example]:
     """Questions about test scenes, in the order of the types."""
     index = -1
     for example in range(number):
@@ -90,12 +92,14 @@ def _lab_examples(number: int, seed: int, num_turns: int, draw: Callable[[Scene]
 # turn has all of them.
 lab_questions = partial(_lab_examples, num_turns=1, draw=draw_scene)
 lab_dialogues = partial(_lab_examples, num_turns=3, draw=draw_scene)
+lab_blind_questions = partial(_lab_examples, num_turns=1, draw=lambda scene: None)
 lab_next_questions = partial(_lab_examples, num_turns=1, draw=draw_large_scene)
 lab_next_dialogues = partial(_lab_examples, num_turns=3, draw=draw_large_scene)
 
 TASKS: dict[str, Task] = {
     "lab-vqa": Task("single questions about the lab's test scenes", lab_questions, 1200),
     "lab-dialogue": Task("dialogues of three turns about the lab's test scenes", lab_dialogues, 1000),
+    "lab-vqa-blind": Task("the same single questions without the image", lab_blind_questions, 1200),
     "lab-next-vqa": Task("single questions about larger scenes, in tiles", lab_next_questions, 1200),
     "lab-next-dialogue": Task("dialogues of three turns about larger scenes, in tiles", lab_next_dialogues, 1000),
     "mt-vqa-v2": Task(
@@ -138,9 +142,9 @@ class Checkpoint:
         return self.settings["method"] if self.settings else "none"
 
     def encode(self, conversations: list[list[dict[str, Any]]], images: list[Image.Image]) -> Any:
-        """Model inputs of chats, one image each, with the turn of the assistant opened."""
+        """Model inputs of chats with the turn of the assistant opened, and of all their images."""
         prompts = self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-        inputs = self.processor(images=images, text=prompts, padding=True, return_tensors="pt")
+        inputs = self.processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
 
     def cached_turns(self, num_rows: int) -> CachedTurns:
@@ -155,6 +159,9 @@ class Checkpoint:
     def uncompressed_visual_tokens(self, image: Image.Image) -> int:
         """Tokens that the stock model of a compressed one's shape would have of an image."""
         config = self.model.config
+        if is_qwen(config):  # limits of an image's size are the processor's
+            size, merged = image.size[::-1], config.vision_config.spatial_merge_size**2
+            return self.processor.image_processor.get_number_of_image_patches(*size, {}) // merged
         return count_visual_tokens(config, image.size, uncompressed_account(config).tokens_per_tile)
 
     def content_hash(self) -> str:
@@ -282,7 +289,7 @@ def _ask_batch(checkpoint: Checkpoint, task: Task, examples: list[Example], tall
     for turn in range(max(len(example.turns) for example in examples)):
         rows = [row for row, example in enumerate(examples) if turn < len(example.turns)]
         for row in rows:
-            picture = [{"type": "image"}] if turn == 0 else []
+            picture = [{"type": "image"}] if turn == 0 and examples[row].image is not None else []
             text = {"type": "text", "text": examples[row].turns[turn].question}
             conversations[row].append({"role": "user", "content": [*picture, text]})
         if cached is not None:
@@ -290,14 +297,16 @@ def _ask_batch(checkpoint: Checkpoint, task: Task, examples: list[Example], tall
         answers, visual_tokens = _generate(
             checkpoint,
             [conversations[row] for row in rows],
-            [examples[row].image for row in rows],
+            [image for row in rows if (image := examples[row].image) is not None],
             task.max_new_tokens,
             cached,
         )
         if turn == 0:
             tally.visual_tokens += visual_tokens
             images = [example.image for example in examples] if checkpoint.is_compressed else []
-            tally.base_visual_tokens += map(checkpoint.uncompressed_visual_tokens, images)
+            tally.base_visual_tokens += [
+                0 if image is None else checkpoint.uncompressed_visual_tokens(image) for image in images
+            ]
         for row, answer in zip(rows, answers):
             asked = examples[row].turns[turn]
             conversations[row].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})

@@ -83,6 +83,23 @@ def seen_image(
     return SeenImage(tuple(views), numbers.numel())
 
 
+def pixels_of_patches(patches: torch.Tensor, grid_thw: torch.Tensor, image_processor: Any) -> torch.Tensor:
+    """Puts an image together that Qwen's processor cut into patches.
+
+    Args:
+        patches: (patches, 3 · frames · side · side), the patches of a merged token one after the other.
+        grid_thw: (3,): 1, rows and columns in patches.
+        image_processor: knows the sizes of patches and merged tokens.
+
+    Returns:
+        (1, 3, height, width), as it was cut.
+    """
+    _, rows, columns = grid_thw.tolist()
+    side, merge, frames = (getattr(image_processor, f"{name}_size") for name in ("patch", "merge", "temporal_patch"))
+    cut = patches.view(rows // merge, columns // merge, merge, merge, 3, frames, side, side)[:, :, :, :, :, 0]
+    return cut.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, rows * side, columns * side)
+
+
 def _put_together(tiles: torch.Tensor, grid: TileGrid, scale: int) -> torch.Tensor:
     """(rows · columns, height, width, …) of a grid → the part of the whole that is no padding, at `scale` a patch."""
     whole = tiles.unflatten(0, (grid.rows, grid.columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)

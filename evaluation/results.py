@@ -21,7 +21,11 @@ from .metrics import METRICS, wilson_interval
 
 
 LAB_FOLDER = Path(lab.__file__).parent
-TRAININGS = {"training.json": "Training of the lab model", "training-next.json": "Training of the model for tiles"}
+TRAININGS = {
+    "training.json": "Training of the lab model",
+    "training-next.json": "Training of the model for tiles",
+    "training-qwen3vl.json": "Training of the Qwen3-VL model",
+}
 KEPT_FILE, MATRICES_FILE = "kept.json", "matrices.json"
 _HEAD = """# Results
 

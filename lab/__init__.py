@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 BASES = {"tiny-llava": "tiny-clip", "tiny-llava-next": "tiny-clip"}
-"""The lab's base models, each with the CLIP checkpoint whose text tower is aligned with its vision tower."""
+"""The lab's LLaVA models, each with the CLIP checkpoint whose text tower is aligned with its vision tower. A further
+base, "tiny-qwen3vl", has none."""
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -29,7 +30,7 @@ def load_lab(name: str = "tiny-llava", **kwargs):
     """Loads a base model of the lab with its processor.
 
     Args:
-        name: a name in `BASES`.
+        name: a name in `BASES`, or "tiny-qwen3vl".
         kwargs: for `from_pretrained`, for instance `dtype=torch.float32`.
 
     Returns:

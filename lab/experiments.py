@@ -207,6 +207,49 @@ MULTI_TURN = [
     ),
 ]
 
+# ETC's Tables 1 and 2, its ablations, and Figure 4: how much each type of question needs.
+_ETC_BASES = {"tiny-llava": ("", ""), "tiny-qwen3vl": ("qwen3vl-", "Qwen3-VL: ")}
+_ETC_TOKENS = (1, 2, 4, 8)
+
+
+def _etc(
+    base: str, tokens: int, label: str = "ETC, VID", name: str = "", changes: dict[str, Any] | None = None
+) -> Measurement:
+    prefix, title = _ETC_BASES[base]
+    training = Training(f"{prefix}etc-{tokens}{name}-seed0", "etc", {"num_visual_tokens": tokens}, 0, changes or {})
+    return Measurement(f"{prefix}etc-{tokens}{name}", title + label, training=training, base=base)
+
+
+ETC = [
+    *[
+        Measurement(f"{prefix}blind", f"{title}no image", "lab-vqa-blind", method=None, base=base)
+        for base, (prefix, title) in _ETC_BASES.items()
+    ],
+    *[_etc(base, tokens) for base in _ETC_BASES for tokens in _ETC_TOKENS],
+    *[
+        _etc(base, 1, label, name, changes)
+        for base in _ETC_BASES
+        for label, name, changes in (
+            ("ETC, no auxiliary loss", "-none", {"auxiliary.loss": "none"}),
+            ("ETC, MSE", "-mse", {"auxiliary.loss": "mse"}),
+            ("ETC, VID, α = 0", "-alpha-0", {"auxiliary.alpha": 0.0}),
+            ("ETC, VID, α = 1", "-alpha-1", {"auxiliary.alpha": 1.0}),
+        )
+    ],
+    *[
+        Measurement(
+            f"{prefix}{method}-{tokens}",
+            title + method.capitalize(),
+            method=method,
+            settings={"num_visual_tokens": tokens},
+            base=base,
+        )
+        for base, (prefix, title) in _ETC_BASES.items()
+        for method in ("random", "sample")
+        for tokens in _ETC_TOKENS
+    ],
+]
+
 MEASUREMENTS = [
     Measurement("base", "LLaVA, uncompressed", method=None),
     *[
@@ -237,7 +280,9 @@ MEASUREMENTS = [
     # Table 3 is "Recoverable, official, dynamic" beside "filter + text".
     *QG_VTC,
     *MULTI_TURN,
+    *ETC,
     Measurement("next", "LLaVA-NeXT, uncompressed", "lab-next-vqa", method=None, base="tiny-llava-next"),
+    Measurement("qwen3vl", "Qwen3-VL, uncompressed", method=None, base="tiny-qwen3vl"),
 ]
 
 

@@ -33,7 +33,12 @@ def write_shard(trained: Path, shard: Path, base: str) -> Path:
     from ..training.recipe import earlier_stages
 
     modules = {module for stage in earlier_stages(trained).values() for module in stage["learning_rate"]}
-    names = [name for file in read_shards(trained) for name in file.tensors if name.partition(".")[0] in modules]
+    names = [
+        name
+        for file in read_shards(trained)
+        for name in file.tensors
+        if any(f".{module}." in f".{name}" for module in modules)
+    ]
     shard.mkdir(parents=True)
     save_file(read_tensors(trained, names, torch.bfloat16), shard / _TRAINED_FILE, metadata={"format": "pt"})
     if (trained / _ADAPTER).is_dir():
@@ -77,11 +82,11 @@ def compose(shard: Path, out: Path) -> Path:
     converted = out.with_name(f"{out.name}-untrained")
     shutil.rmtree(converted, ignore_errors=True)
     convert(content["base"], converted, compression.pop("method"), settings=compression)
+    trained = load_file(shard / _TRAINED_FILE)
+    for path in sorted(converted.glob("*.safetensors")):
+        tensors = {name: trained.pop(name, tensor) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
     model = AutoModelForImageTextToText.from_pretrained(converted, dtype="auto")
-    parameters = dict(model.model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in load_file(shard / _TRAINED_FILE).items():
-            parameters[name].copy_(tensor)
     if (shard / _ADAPTER).is_dir():
         model = _with_adapter(model, shard)
     model.save_pretrained(out)

@@ -47,7 +47,8 @@ def trained_shard(training: Training, base: str, work: Path) -> Path:
     shard = work / f"{training.name}-shard"
     if shard.exists():
         return shard
-    recipe = RECIPES / f"{training.method}.yaml"
+    of_base = RECIPES / f"{training.method}-{base.removeprefix('lab:')}.yaml"
+    recipe = of_base if of_base.is_file() else RECIPES / f"{training.method}.yaml"
     stages = sorted(yaml.safe_load(recipe.read_text(encoding="utf-8"))["stages"])
     before = work / f"{training.name}-stage0"
     if not before.exists():

@@ -1,5 +1,5 @@
-"""The lab's two tokenizers, trained on its own sentences: Llama-style byte-level BPE for the language model, CLIP-style
-BPE for the text tower; and the chat template."""
+"""The lab's tokenizers, trained on its own sentences: Llama-style byte-level BPE for the language model, CLIP-style BPE
+for the text tower, Qwen's for its model; and the chat templates."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 import re
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
 
-from .scenes import QUESTION_TYPES, ask_questions, sample_scene
+from .scenes import COLOURS, NAMES, PLACES, QUESTION_TYPES, ask_questions, sample_scene
 
 
 VOCABULARY_SIZE = 512
@@ -24,6 +24,35 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% else %}{{ ' ' }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+QWEN_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+QWEN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'video' or 'video' in part %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}"
+    "{% endif %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Qwen2's own.
+_QWEN_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -65,6 +94,39 @@ def make_language_tokenizer() -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         model_max_length=2048,
         chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Tokenizer of the Qwen model: Qwen's, with the lab's merges instead of the web's.
+
+    An answer follows a line break, so its first word has no space before it: a token beside the question's.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    asked = [f"user\n{question}" for question in _sentences(captions=False)[::2]]
+    answers = [f"assistant\n{answer}" for answer in (*NAMES, *COLOURS, *PLACES, "word", "yes", "no")]
+    tokenizer.train_from_iterator(asked + answers * 1000, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        additional_special_tokens=list(QWEN_SPECIAL_TOKENS),
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=2048,
+        chat_template=QWEN_CHAT_TEMPLATE,
     )
 
 

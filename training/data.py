@@ -31,7 +31,6 @@ from .recipe import StageRecipe
 
 IMAGE_TOKEN = "<image>"  # in LLaVA's files, whatever a model's own placeholder is
 LAB_SCENES = 8192
-DIALOGUE_TURNS = 6
 _LAB_SEED = 2  # the scenes that the lab's base model was trained with
 _IMAGES_CHECKED = 1000
 _IGNORED = -100
@@ -82,13 +81,15 @@ class LabExamples(Dataset):
 
     Args:
         number: of scenes.
-        examples: "descriptions", "questions", or "dialogues" of `DIALOGUE_TURNS` questions.
+        examples: "descriptions", "questions" or "dialogues".
         seed: chooses the words.
         pictures: in `LAB_PICTURES`.
+        turns: questions of a dialogue.
     """
 
-    def __init__(self, number: int, examples: str, seed: int, pictures: str = "lab"):
+    def __init__(self, number: int, examples: str, seed: int, pictures: str = "lab", turns: int = 6):
         self.number, self.examples, self.seed, self.pictures = number, examples, seed, pictures
+        self.turns = turns if examples == "dialogues" else 1
         kind = "larger scenes" if pictures != "lab" else "scenes"
         self.summary = f"{number} {kind} of the lab, {examples}"
 
@@ -102,8 +103,7 @@ class LabExamples(Dataset):
         if self.examples == "descriptions":
             asked = [describe(scene, stream)]
         else:
-            number = DIALOGUE_TURNS if self.examples == "dialogues" else 1
-            kinds = scene.random(stream + 1).choice(len(QUESTION_TYPES), size=number, p=TYPE_SHARES)
+            kinds = scene.random(stream + 1).choice(len(QUESTION_TYPES), size=self.turns, p=TYPE_SHARES)
             asked = ask_questions(scene, [QUESTION_TYPES[int(kind)] for kind in kinds], stream)
         first, later = asked[0], tuple((qa.question, qa.answer) for qa in asked[1:])
         return Example(f"scene {index}", first.question, first.answer, (LAB_PICTURES[self.pictures](scene),), later)
@@ -287,7 +287,7 @@ def open_data(stage: StageRecipe) -> LabExamples | LlavaExamples:
                 f"{stage.data} is no number of scenes: write {name}:NUMBER, for instance {name}:{LAB_SCENES}."
             )
         examples = "dialogues" if stage.dialogues else stage.lab_examples
-        return LabExamples(int(number) if colon else LAB_SCENES, examples, stage.seed, name)
+        return LabExamples(int(number) if colon else LAB_SCENES, examples, stage.seed, name, stage.lab_turns)
     path = Path(stage.data).expanduser()
     images = Path(stage.images).expanduser() if stage.images is not None else path.parent
     if not path.is_file():

@@ -119,6 +119,7 @@ class StageRecipe:
         data: `lab`, `lab:NUMBER` (of scenes), `lab-next` (larger scenes) or a JSON file in LLaVA's format.
         images: the folder that the file's image paths begin in; the file's own, if `None`.
         lab_examples: what is learned about the lab's scenes.
+        lab_turns: questions of a dialogue about one of them.
         dialogues: an example is a whole dialogue; else every question with its answer is one, with the image.
         keep_text_only: train on samples without an image too; else they are left out.
         skip_missing: leave samples out whose image file is not there, instead of refusing to start.
@@ -149,6 +150,7 @@ class StageRecipe:
     data: str = "lab"
     images: str | None = None
     lab_examples: str = "questions"
+    lab_turns: int = 6
     dialogues: bool = False
     keep_text_only: bool = False
     skip_missing: bool = False
@@ -172,6 +174,7 @@ class StageRecipe:
     def __post_init__(self):
         for name in ("batch_size", "gradient_accumulation", "max_length", "save_steps", "logging_steps"):
             _whole(self, name, 1)
+        _whole(self, "lab_turns", 1)
         _whole(self, "max_steps", 1, optional=True)
         _whole(self, "workers", 0, optional=True)
         _whole(self, "seed", 0)

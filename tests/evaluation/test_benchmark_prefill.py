@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from foveate.configuration.configuration_llava_metacompress import LlavaMetaCompressConfig
 from foveate.errors import FoveateError
-from foveate.evaluation import benchmark_prefill
+from foveate.evaluation import benchmark_prefill, benchmarking
 from foveate.evaluation.benchmark_prefill import _Bench, benchmark
 
 
@@ -82,7 +82,7 @@ def test_the_same_in_bfloat16_with_fewer_layers_and_without_the_base():
 
 
 def test_a_model_that_doesnt_fit_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(benchmark_prefill, "_HEADROOM", 1e12)
+    monkeypatch.setattr(benchmarking, "_HEADROOM", 1e12)
     with pytest.raises(FoveateError, match=r"don't fit in the .* GB of memory that are free: run fewer layers"):
         benchmark(tiny_config(), progress=False)
 

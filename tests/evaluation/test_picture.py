@@ -1,11 +1,13 @@
 """The picture shows what the provenance says, for any method."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from foveate.evaluation import picture as drawing
 from foveate.evaluation.picture import SeenImage, View, draw_compression, seen_image
+from foveate.lab.scenes import draw_scene, sample_scene
 from foveate.modeling.compressed_model import TokenProvenance
 from foveate.processing.image_tiles import TileGrid, tile_grid
 
@@ -176,6 +178,19 @@ class TestOneStepAfterTheOther:
         found.steps = tuple((f"a step with a very long name, {name}", left) for name, left in found.steps)
         narrow = draw_compression(grey(columns=1, rows=16), found, "what", "red")
         assert narrow.width > 3 * 300
+
+
+def test_patches_that_qwens_processor_cut_are_put_together():
+    """As the vision tower sees it: with a side that is rounded to whole merged tokens."""
+    from transformers import Qwen2VLImageProcessor
+
+    processor = Qwen2VLImageProcessor(patch_size=14, merge_size=2, size={"shortest_edge": 28**2, "longest_edge": 10**6})
+    scene = draw_scene(sample_scene("test", 0)).resize((112, 168))
+    inputs = processor(images=[scene], return_tensors="pt")
+    pixels = drawing.pixels_of_patches(inputs["pixel_values"], inputs["image_grid_thw"][0], processor)
+    [view] = seen_image(pixels, processor, 28).views
+    assert view.patches.tolist() == torch.arange(24).view(6, 4).tolist()
+    torch.testing.assert_close(*(torch.tensor(np.array(image)) for image in (view.image, scene)), atol=1, rtol=0)
 
 
 class TestTiles:

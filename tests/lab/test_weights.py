@@ -6,11 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPModel,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     LlavaProcessor,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
 )
 
 from foveate import convert, evaluate, lab_folder, load_lab
@@ -53,10 +57,40 @@ def test_the_next_base_is_an_ordinary_checkpoint_around_the_same_tower():
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())
 
 
-def test_they_are_small():
-    files = [path for name in ("tiny-llava", "tiny-clip") for path in lab_folder(name).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 15_000_000
-    files = [path for path in lab_folder("tiny-llava-next").rglob("*") if path.is_file()]
+def test_the_qwen_base_is_an_ordinary_checkpoint_as_published_ones_are():
+    folder = lab_folder("tiny-qwen3vl")
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert type(model) is Qwen3VLForConditionalGeneration
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    _, processor = load_lab("tiny-qwen3vl")
+    assert type(processor) is Qwen3VLProcessor
+    names = load_file(folder / "model.safetensors")
+    assert {name.split(".")[1] for name in names} == {"visual", "language_model"}
+    assert len(model.model.visual.deepstack_merger_list) >= 2
+    assert all(merger.linear_fc2.weight.any() for merger in model.model.visual.deepstack_merger_list)
+    assert model.config.text_config.vocab_size >= len(processor.tokenizer) + 8
+    assert sum(model.config.text_config.rope_scaling["mrope_section"]) == model.config.text_config.head_dim // 2
+    assert model.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [((168, 168), [12, 12]), ((252, 140), [10, 18]), ((280, 280), [20, 20]), ((900, 900), [20, 20])],
+)
+def test_the_qwen_base_takes_pictures_of_any_size(size, grid):
+    _, processor = load_lab("tiny-qwen3vl")
+    picture = draw_scene(sample_scene("validation", 0)).resize(size)
+    inputs = processor(images=[picture], text=["<|vision_start|><|image_pad|><|vision_end|>"], return_tensors="pt")
+    assert inputs["image_grid_thw"].tolist() == [[1, *grid]]
+    num_visual_tokens = (inputs["input_ids"] == processor.image_token_id).sum()
+    assert num_visual_tokens == grid[0] * grid[1] // 4 <= 100
+
+
+@pytest.mark.parametrize("names", [("tiny-llava", "tiny-clip"), ("tiny-llava-next",), ("tiny-qwen3vl",)])
+def test_they_are_small(names):
+    files = [path for name in names for path in lab_folder(name).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 15_000_000
 
 
@@ -73,6 +107,36 @@ def test_the_next_base_sees():
     found = measure(lab_folder("tiny-llava-next"), number=40)
     assert found["all"]["n"] == 40
     assert found["all"]["value"] > 0.7
+
+
+@pytest.mark.parametrize("size", [(168, 168), (252, 168), (140, 224)])
+def test_the_qwen_base_sees_pictures_of_several_sizes(size):
+    """Far above what guessing gives; the measured accuracy is in lab/RESULTS.md."""
+    from foveate.lab.qwen3vl import measure
+
+    found = measure(lab_folder("tiny-qwen3vl"), number=30, size=size)
+    assert found["all"]["n"] == 30
+    assert found["all"]["value"] > 0.7
+
+
+def test_what_the_qwen_base_is_trained_on_is_what_its_processor_gives():
+    from foveate.lab.qwen3vl import SCENE_SEED, dialogue_batch
+
+    batch = dialogue_batch(0, "validation", num_turns=3)
+    _, processor = load_lab("tiny-qwen3vl")
+    scene = sample_scene("validation", 0, SCENE_SEED + 2)
+    row = batch["input_ids"][0][batch["input_ids"][0] != processor.tokenizer.pad_token_id]
+    turns = processor.tokenizer.decode(row).split("<|vision_end|>")[1].split("<|im_end|>\n")
+    said = [turn.removesuffix("<|im_end|>").split("\n")[-1] for turn in turns]
+    assert len(said) == 6
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": said[0]}]}]
+    for place, words in enumerate(said[1:]):
+        talk.append({"role": ("assistant", "user")[place % 2], "content": [{"type": "text", "text": words}]})
+    prompt = processor.apply_chat_template(talk)
+    inputs = processor(images=[draw_scene(scene)], text=[prompt], return_tensors="pt")
+    assert inputs["input_ids"][0].tolist()[: len(row)] == row.tolist()
+    assert processor.tokenizer.decode(inputs["input_ids"][0][len(row) :]) == "\n"
+    torch.testing.assert_close(inputs["pixel_values"], batch["pixel_values"][: len(inputs["pixel_values"])])
 
 
 def test_what_the_next_base_is_trained_on_is_what_it_generates_from():
@@ -108,8 +172,6 @@ def test_the_converted_model_answers_with_fewer_tokens(converted):
 @pytest.mark.parametrize("variant", ["official", "paper"])
 def test_on_real_features_the_fast_compressor_is_the_reference(converted, variant):
     """Scores, similarities and keys of test scenes under their questions, images of different counts in one batch."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     model = AutoModelForImageTextToText.from_pretrained(converted, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(converted)
     model.set_compression(variant=variant)
