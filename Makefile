@@ -49,6 +49,7 @@ benchmark: $(VENV)/.installed-eval
 	$(BIN)/python -m foveate.evaluation.benchmark_compression
 	$(BIN)/python -m foveate.evaluation.benchmark_encoder
 	$(BIN)/python -m foveate.evaluation.benchmark_prefill
+	$(BIN)/python -m foveate.evaluation.benchmark_eviction
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

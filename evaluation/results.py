@@ -36,7 +36,9 @@ exactly; intervals are 95 % (Wilson). Test scenes use handwritten digits that tr
 `lab/work/trained/NAME` by `python -m foveate.lab.experiments --only NAME`: it converts, and trains with the recipe in
 `lab/recipes/`. A row of several seeds pools them: each is another training, asked about other test scenes.
 """
-_BUDGETS, _SEED = ("num_visual_tokens", "keep_ratio"), "seed"  # settings: of the budget, of what is drawn at random
+# Settings: of the budget, and of what is drawn at random.
+_BUDGETS, _SEED = ("num_visual_tokens", "keep_ratio", "trained_tokens"), "seed"
+_SHOWN_BY_TYPE = "etc"  # the method whose budgets are a question of which questions are asked
 _NEEDED = {
     "command",
     "task",
@@ -311,7 +313,8 @@ def plot(task: str, results: list[dict[str, Any]], path: Path) -> None:
         if is_base:
             value = runs[0][metric_of(runs[0])]["value"]
             axes.axhline(100 * value, color=colour, linestyle="--", linewidth=1, zorder=0)
-    axes.set_xscale("log", base=2)
+    if all(result["mean_visual_tokens"] for result in results):  # none, without an image, has no logarithm
+        axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(
         title=task,
@@ -325,6 +328,53 @@ def plot(task: str, results: list[dict[str, Any]], path: Path) -> None:
         axes.legend(frameon=False)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
+
+
+def plot_types(results: list[dict[str, Any]], path: Path) -> bool:
+    """The score of each type of question over the number of visual tokens, a panel a label that has several budgets;
+    says whether there is one.
+
+    Args:
+        results: of one method and task.
+        path: the PNG to write, the same bytes for the same results.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs_of: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        runs_of.setdefault(result["label"], []).append(result)
+    panels = {label: pool_seeds(runs) for label, runs in runs_of.items() if _num_budgets(runs) > 2}
+    if not panels:
+        return False
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4), dpi=110, layout="constrained", sharey=True, squeeze=False
+    )
+    for (label, runs), panel in zip(panels.items(), axes[0]):
+        runs = sorted(runs, key=lambda run: run["mean_visual_tokens"])
+        tokens = [run["mean_visual_tokens"] for run in runs]
+        for name in runs[0]["by_type"]:
+            shares = [run["by_type"][name] for run in runs]
+            values = [100 * share["value"] for share in shares]
+            bounds = zip(*([100 * abs(share["value"] - bound) for bound in share["interval"]] for share in shares))
+            panel.errorbar(
+                tokens, values, yerr=list(bounds), label=name, fmt="o-", capsize=3, markersize=4, linewidth=1
+            )
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set(title=label, xlabel="visual tokens an image")
+        panel.grid(alpha=0.25)
+    axes[0][0].set_ylabel("right answers, % (95 % interval)")
+    axes[0][-1].legend(frameon=False)
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+    return True
+
+
+def _num_budgets(runs: list[dict[str, Any]]) -> int:
+    return len({run["mean_visual_tokens"] for run in runs}) if _differ_in_budget_alone(runs) else 0
 
 
 def _draw_runs(axes: Any, label: str, runs: list[dict[str, Any]], colour: Any) -> None:
@@ -375,6 +425,10 @@ def write_results(folder: Path = LAB_FOLDER / "results", out: Path = LAB_FOLDER 
         plots.append(folder / f"{task}.png")
         plot(task, of_task, plots[-1])
         parts.append(task_section(task, of_task, f"{shown}/{plots[-1].name}"))
+        by_type = folder / f"{task}-{_SHOWN_BY_TYPE}.png"
+        if plot_types([result for result in of_task if result["method"] == _SHOWN_BY_TYPE], by_type):
+            plots.append(by_type)
+            parts.append(f"![{task}, by type of question]({shown}/{by_type.name})\n")
     if (folder / KEPT_FILE).exists():
         parts.append(kept_section(_read(folder / KEPT_FILE)))
     if (folder / MATRICES_FILE).exists():

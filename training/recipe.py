@@ -25,7 +25,7 @@ RECIPES = Path(__file__).with_name("recipes")
 RECIPE_FILE = "training_recipe.yaml"
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup", "constant")
-OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
+OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "muon": "adamw_torch"}  # Transformers has no Muon: `muon.py`
 PRECISIONS = ("bf16", "fp32")
 LAB_EXAMPLES = ("descriptions", "questions")
 AUXILIARY_LOSSES = ("vid", "mse", "none")
@@ -126,7 +126,7 @@ class StageRecipe:
         epochs: passes over the data, where `max_steps` doesn't say otherwise.
         max_steps: steps of the optimizer.
         gradient_accumulation: batches a step.
-        optimizer: "adamw" or "sgd".
+        optimizer: "adamw", "sgd", or "muon": Muon for the matrices of the language model's layers, AdamW for the rest.
         schedule: of the learning rates, after a linear warm-up.
         warmup_ratio: its share of all steps.
         weight_decay: of the optimizer.

@@ -42,6 +42,7 @@ from ..hub_cards.card import read_base_name, write_card
 from ..registry import METHODS
 from .data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
 from .distillation import Distillation
+from .muon import MuonWithAdamW
 from .recipe import OPTIMIZERS, RECIPE_FILE, LoraRecipe, StageRecipe, earlier_stages, read_stage, show, write_recipe
 from .visual_distillation import AUXILIARY, VisualDistillation
 
@@ -424,19 +425,24 @@ class StageTrainer(Trainer):
         return TrainingOrder(len(self.train_dataset), self.num_steps * per_step, self.recipe.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with a group of parameters a module of the recipe, and one for the adapters."""
+        """The recipe's, with a group of parameters a module of the recipe, and one for the adapters."""
         rates = dict(self.recipe.learning_rate)
         if hasattr(self.model, AUXILIARY):  # as fast as the fastest
             rates[AUXILIARY] = self.args.learning_rate
-        groups: dict[str, list[nn.Parameter]] = {}
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in (self.model if model is None else model).named_parameters():
             if parameter.requires_grad:
-                groups.setdefault(_group_of(name, rates), []).append(parameter)
+                groups.setdefault(_group_of(name, rates), []).append((name, parameter))
         if self.recipe.lora is not None:
             rates[_ADAPTERS] = self.recipe.lora.learning_rate
+        if self.recipe.optimizer == "muon":
+            by_rate = [{"named_params": groups[name], "lr": rates[name]} for name in rates]
+            self.optimizer = MuonWithAdamW(by_rate, self.args.weight_decay)
+            return self.optimizer
         cls, options = self.get_optimizer_cls_and_kwargs(self.args)
         options = {**options, "weight_decay": self.args.weight_decay}
-        self.optimizer = cls([{"params": groups[name], "lr": rates[name]} for name in rates], **options)
+        by_rate = [{"params": [p for _, p in groups[name]], "lr": rates[name]} for name in rates]
+        self.optimizer = cls(by_rate, **options)
         return self.optimizer
 
     def gather_trained(self) -> dict[str, torch.Tensor]:

@@ -74,6 +74,7 @@ class TestTheQuestions:
         assert numbers == {
             "lab-vqa": 1200,
             "lab-dialogue": 1000,
+            "lab-vqa-blind": 1200,
             "lab-next-vqa": 1200,
             "lab-next-dialogue": 1000,
             "mt-vqa-v2": 25_000,
@@ -112,6 +113,15 @@ class TestAResult:
         result = quietly(checkpoints / "base", limit=3)
         assert (result["label"], result["method"], result["compression"]) == ("base", "none", None)
         assert result["mean_visual_tokens"] == result["base_visual_tokens"] == 9
+
+    def test_questions_without_the_image_are_the_same(self, checkpoints):
+        """A base answers them from their words, and so does a compressed model."""
+        for name in ("base", "compressed"):
+            result = quietly(checkpoints / name, "lab-vqa-blind", limit=6)
+            assert result["mean_visual_tokens"] == result["base_visual_tokens"] == 0
+        asked, blind = (list(TASKS[name].examples(6, 0)) for name in ("lab-vqa", "lab-vqa-blind"))
+        assert [example.turns for example in asked] == [example.turns for example in blind]
+        assert all(example.image is None for example in blind)
 
     def test_settings_hold_for_the_run_and_are_recorded(self, checkpoints):
         settings = {"num_visual_tokens": 4, "variant": "paper"}
@@ -260,6 +270,23 @@ class TestThePageOfResults:
         page = (tmp_path / "RESULTS.md").read_text()
         assert "| tiles | 0.250 | 2.00 | 50.0 |  | 7 | 0 |" in page
         assert "| one tile | 0.250 | 2.00 | 50.0 | 75.0 | 7 | 0 |" in page
+
+    def test_draws_types_over_budgets_and_rows_without_an_image(self, checkpoints, folder, tmp_path):
+        result = json.loads((folder / "four.json").read_text())
+        for tokens in (1, 2, 4):
+            compression = {"method": "etc", "num_visual_tokens": tokens, "trained_tokens": tokens}
+            other = {
+                **result,
+                "method": "etc",
+                "label": "ETC",
+                "compression": compression,
+                "mean_visual_tokens": tokens,
+            }
+            (folder / f"etc-{tokens}.json").write_text(json.dumps(other))
+        quietly(checkpoints / "base", "lab-vqa-blind", limit=2, output=folder / "blind.json")
+        written = [path.name for path in write_results(folder, tmp_path / "RESULTS.md")]
+        assert written == ["RESULTS.md", "lab-vqa.png", "lab-vqa-etc.png", "lab-dialogue.png", "lab-vqa-blind.png"]
+        assert "](results/lab-vqa-etc.png)" in (tmp_path / "RESULTS.md").read_text()
 
     def test_is_the_same_each_time(self, folder, tmp_path):
         first, second = ([path.read_bytes() for path in write_results(folder, tmp_path / "R.md")] for _ in range(2))

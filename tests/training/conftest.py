@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import TrainerCallback
 
 from foveate import convert
 
@@ -47,3 +48,17 @@ def instructions(tmp_path_factory):
     path = folder / "llava_v1_5_mix665k.json"
     path.write_text(json.dumps(samples))
     return path
+
+
+class Watch(TrainerCallback):
+    """Remembers the optimizer and the model; interrupts after some steps."""
+
+    def __init__(self, stop=None):
+        self.stop = stop
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.model, self.groups = model, optimizer.param_groups
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.stop:
+            raise KeyboardInterrupt

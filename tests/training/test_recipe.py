@@ -68,7 +68,7 @@ def test_every_recipe_reads():
         ({"lora.rank": 8}, "no key 'lora.rank'; the keys are lora.r, lora.alpha"),
         ({"lora": {"alpha": 1, "learning_rate": 1}}, "lora.r is missing"),
         ({"learning_rate": 1e-3}, "learning_rate.MODULE"),
-        ({"optimizer": "adam"}, "optimizer must be one of adamw, sgd, not 'adam'"),
+        ({"optimizer": "adam"}, "optimizer must be one of adamw, sgd, muon, not 'adam'"),
         ({"max_grad_value": 0}, "max_grad_value must be a number above 0"),
         ({"distillation.entropie": 1}, "no key 'distillation.entropie'; the keys are distillation.prediction"),
         ({"distillation.entropy": -1}, "distillation.entropy must be a number at least 0"),

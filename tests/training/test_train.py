@@ -6,14 +6,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from foveate import FoveateError, evaluate, train
 from foveate.cli import app
 from foveate.training.recipe import RECIPE_FILE, read_stage
 
-from .conftest import QUICK
+from .conftest import QUICK, Watch
 
 
 LORA = {"lora.r": 2, "lora.dropout": 0.1}  # dropout: going on needs the random numbers' state as well
@@ -35,20 +35,6 @@ def run(tiny, instructions, out, stage=2, steps=5, **kwargs):
     settings = {**QUICK, **(LORA if stage == 2 else {}), "data": str(instructions), "max_steps": steps}
     settings |= kwargs.pop("settings", {})
     return train("qg-vtc", tiny, out, stage, settings=settings, progress=False, **kwargs)
-
-
-class Watch(TrainerCallback):
-    """Remembers the optimizer and the model; interrupts after some steps."""
-
-    def __init__(self, stop=None):
-        self.stop = stop
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.model, self.groups = model, optimizer.param_groups
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.stop:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")

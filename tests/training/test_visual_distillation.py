@@ -23,6 +23,7 @@ from foveate.training.visual_distillation import (
 
 from ..contract.conftest import picture
 from ..conversion.tiny_checkpoints import write_llava, write_qwen3_vl
+from .conftest import Watch
 
 
 M = 2
@@ -199,20 +200,7 @@ def test_training_from_the_recipe(made, aux, data, tmp_path):
     out = train("etc", made.folder, tmp_path / "out", settings=settings, progress=False)
     log = json.loads((out / "training_log.json").read_text())["log"]
     assert ("auxiliary" in log[0]) == (aux != "none")
-    keys = {}
-    for folder in (made.folder, out):
-        index = (
-            json.loads((folder / "model.safetensors.index.json").read_text())
-            if (folder / "model.safetensors.index.json").exists()
-            else None
-        )
-        files = sorted(folder.glob("*.safetensors"))
-        assert index is None or files
-        keys[folder] = {}
-        for path in files:
-            with safe_open(path, "pt") as file:
-                keys[folder] |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    before, after = keys[made.folder], keys[out]
+    before, after = tensors_of(made.folder), tensors_of(out)
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert any("compressor" in key for key in changed)
@@ -220,6 +208,28 @@ def test_training_from_the_recipe(made, aux, data, tmp_path):
     assert not any("blocks" in key or "vision_model" in key for key in changed), "the tower is frozen"
     model = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
     assert not hasattr(model, "auxiliary")
+
+
+def tensors_of(folder):
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+def test_resumed_equals_unbroken(made, tmp_path):
+    """The decoder's state, and that of two optimizers, are part of what training goes on from."""
+    settings = {"data": "lab:16", "max_steps": 4, "batch_size": 2, "precision": "fp32", "workers": 0, "save_steps": 2}
+    settings |= {"optimizer": "muon", "auxiliary.weight": 1e-2}
+    whole = train("etc", made.folder, tmp_path / "whole", settings=settings, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train("etc", made.folder, tmp_path / "out", settings=settings, progress=False, callbacks=[Watch(stop=3)])
+    out = train("etc", made.folder, tmp_path / "out", settings=settings, progress=False, resume=True)
+    expected, found = tensors_of(whole), tensors_of(out)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, msg=name)
 
 
 def test_the_recipes_have_the_papers_values():
