@@ -65,6 +65,29 @@ def test_a_shard_without_adapters(tmp_path, monkeypatch):
     assert not torch.equal(composed, untrained)
 
 
+@pytest.mark.parametrize("base", ["tiny-llava", "tiny-qwen3vl"])
+def test_a_shard_of_a_whole_language_model(base, tmp_path, monkeypatch):
+    """ETC's, with embeddings that are tied or not, on names of every layout."""
+    import yaml
+
+    name = f"etc-{base}.yaml"
+    recipe = yaml.safe_load((RECIPES / name).read_text())
+    recipe["stages"][1].update(batch_size=2, max_steps=2, data="lab:4", workers=0)
+    (tmp_path / name).write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr("foveate.lab.trainings.RECIPES", tmp_path)
+    shard = trained_shard(Training("tiny", "etc", {"num_visual_tokens": 2}), f"lab:{base}", tmp_path)
+    out = compose(shard, tmp_path / "tiny")
+    composed, trained, untrained = (
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (out, tmp_path / "tiny-stage1", tmp_path / "tiny-stage0")
+    )
+    assert composed.keys() == trained.keys()
+    for key, tensor in trained.items():
+        torch.testing.assert_close(composed[key], tensor, atol=1e-6, rtol=1e-2, msg=key)  # bfloat16
+    changed = {key for key, tensor in trained.items() if not torch.equal(tensor, untrained[key])}
+    assert any(".mlp." in key for key in changed) and any("embed_tokens" in key for key in changed)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_ships_is_small_and_answers(name):
     """Far above what guessing gives; the measured accuracy is in lab/RESULTS.md."""
