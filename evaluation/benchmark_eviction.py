@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -43,6 +44,7 @@ TEXT_TOKENS = 49  # at which 1024 → 1 takes 95.33 % of the cache, as in the pa
 #: The paper's Table 4, on a GPU: uncompressed and ETC.
 PAPER = {"KV cache": (223.54, 10.44), "CUDA time": (203.05, 114.13), "FLOPs": (2.98, 1.37)}
 _PROCESS = Path("/proc/self")
+Output = TypeVar("Output")
 
 
 class _Bench:
@@ -78,10 +80,9 @@ class _Bench:
         images = self.pixels if name == "etc" else {"compressed_images": [self.image]}
         return self.etc(input_ids=self._ids(self.length + number), **images, logits_to_keep=1, use_cache=True)
 
-    def later_token(self, name: str) -> Callable[[], None]:
+    def later_token(self, name: str, cache: Any) -> Callable[[], None]:
         """A token on the cache of a prompt, which is put back afterwards."""
-        model, cache = self.stock if name == "uncompressed" else self.etc, self.first_token(name).past_key_values
-        token = self.text[:, :1]
+        model, token = self.stock if name == "uncompressed" else self.etc, self.text[:, :1]
 
         def run() -> None:
             model(input_ids=token, past_key_values=cache, use_cache=True)
@@ -89,22 +90,24 @@ class _Bench:
 
         return run
 
-    def kv_bytes(self, name: str) -> int:
-        return sum(tensor.nbytes for tensor in iterate_cache_tensors(self.first_token(name).past_key_values))
-
 
 NAMES = ("uncompressed", "etc", "etc, compressed before")
 
 
-def peak_growth(run: Callable[[], Any]) -> int | None:
-    """Bytes that the process had more at the peak of a call than before it; `None` where that can't be read."""
+def kv_bytes(cache: Any) -> int:
+    return sum(tensor.nbytes for tensor in iterate_cache_tensors(cache))
+
+
+def peak_growth(run: Callable[[], Output]) -> tuple[Output, int | None]:
+    """What a call returns, and the bytes that the process had more at its peak than before; `None` where that can't be
+    read."""
     try:
         (_PROCESS / "clear_refs").write_text("5")  # the peak starts again from now
         before = _status("VmRSS")
-        run()
-        return _status("VmHWM") - before
     except OSError:
-        return None
+        return run(), None
+    output = run()
+    return output, _status("VmHWM") - before
 
 
 def _status(name: str) -> int:
@@ -143,9 +146,13 @@ def benchmark(
     bench = _Bench(config, stock_config, side, text_tokens, dtype)
     now = time.process_time if cpu_time else time.perf_counter
     parts: dict[str, Callable[[], float]] = {}
+    caches, peaks = {}, {}
     for name in NAMES:
-        parts[f"{name}: first"] = timed(lambda name=name: bench.first_token(name), now)  # type: ignore[misc]
-        parts[f"{name}: later"] = timed(bench.later_token(name), now)
+        first = partial(bench.first_token, name)
+        output, peaks[name] = peak_growth(first)
+        caches[name] = kv_bytes(output.past_key_values)
+        parts[f"{name}: first"] = timed(first, now)
+        parts[f"{name}: later"] = timed(bench.later_token(name, output.past_key_values), now)
     times = take_turns(parts, repeats, progress)
     flops = _flops(config, (side, side), text_tokens)
     found = {}
@@ -155,8 +162,8 @@ def benchmark(
             "first_token": spread(times[f"{name}: first"]),
             "first_token_ratio": spread(ratios),
             "later_token": spread(times[f"{name}: later"]),
-            "kv_bytes": bench.kv_bytes(name),
-            "peak_bytes": peak_growth(lambda name=name: bench.first_token(name)),  # type: ignore[misc]
+            "kv_bytes": caches[name],
+            "peak_bytes": peaks[name],
             "flops": flops[name],
         }
     return {

@@ -9,7 +9,7 @@ from transformers import Qwen3VLConfig
 
 from foveate.configuration.configuration_qwen3_vl_etc import Qwen3VLETCConfig
 from foveate.evaluation import benchmark_eviction
-from foveate.evaluation.benchmark_eviction import NAMES, _Bench, benchmark, peak_growth
+from foveate.evaluation.benchmark_eviction import NAMES, _Bench, benchmark, kv_bytes, peak_growth
 
 
 FIELDS = {
@@ -75,14 +75,16 @@ def test_the_parts_answer_as_models_of_the_same_weights():
     etc, before = (bench.first_token(name).logits for name in NAMES[1:])
     torch.testing.assert_close(etc, before, atol=1e-5, rtol=1e-5)
     assert bench.stock.model.language_model is bench.etc.model.language_model
-    later = bench.later_token("etc")
+    cache = bench.first_token("etc").past_key_values
+    later = bench.later_token("etc", cache)
     later()
     later()
-    assert bench.kv_bytes("etc") == (2 + TEXT) * BYTES
+    assert kv_bytes(cache) == (2 + TEXT) * BYTES
 
 
 def test_the_peak_is_what_a_call_takes_on_top():
-    found = peak_growth(lambda: torch.ones(64_000_000))
+    output, found = peak_growth(lambda: torch.ones(64_000_000))
+    assert len(output) == 64_000_000
     assert found is None or 200e6 < found < 400e6
 
 
