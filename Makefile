@@ -33,6 +33,7 @@ format: $(VENV)/.installed-dev
 lab: $(VENV)/.installed-test
 	$(BIN)/python -m foveate.lab.train
 	$(BIN)/python -m foveate.lab.next
+	$(BIN)/python -m foveate.lab.qwen3vl
 	$(MAKE) results
 
 results: $(VENV)/.installed-test

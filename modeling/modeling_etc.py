@@ -20,7 +20,6 @@ from .attention_rows import attention_over, watched_attention
 from .compatibility import checkpoints_activations, write_to_cache
 from .compressed_image import CompressedImage
 from .compressed_model import (
-    CompressedCausalLMOutputWithPast,
     CompressedGenerationMixin,
     CompressedModelOutputWithPast,
     TokenProvenance,
@@ -143,6 +142,10 @@ class ETCModelMixin(PlacedModelMixin):
             before[row] = made.digest
             found.append(made)
         return found
+
+    def _run_prompt(self, images, compressed_images, **prompt) -> CompressedModelOutputWithPast:
+        """A forward pass; see `_run`."""
+        return self._run(images, compressed_images, **prompt)[0]
 
     def _run(
         self,
@@ -441,16 +444,3 @@ class ETCGenerationMixin(LogicalGenerationMixin, ImageInputsMixin, CompressedGen
         return super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
         )
-
-    def _answer(
-        self,
-        images: dict[str, torch.Tensor | None],
-        compressed_images: list[CompressedImage] | None,
-        labels: torch.LongTensor | None,
-        logits_to_keep: int | torch.Tensor,
-        return_dict: bool | None,
-        num_items_in_batch: int | torch.Tensor | None,
-        **kwargs: Any,
-    ) -> CompressedCausalLMOutputWithPast | tuple:
-        output, _, _ = self.model._run(images, compressed_images, **kwargs)  # type: ignore[attr-defined]
-        return self._with_head(output, labels, logits_to_keep, return_dict, num_items_in_batch)

@@ -51,15 +51,15 @@ class LlavaETCModel(ETCModelMixin, LlavaModel):
             compressed_images: what `compress` returned, in place of `pixel_values`.
             output_compression: also return what each compressed token attends to.
         """
-        output, _, _ = self._run(
+        output = self._run_prompt(
             {"pixel_values": pixel_values},
             compressed_images,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            past_key_values,
-            use_cache,
-            output_compression,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_compression=output_compression,
             **kwargs,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -101,21 +101,19 @@ class LlavaETCForConditionalGeneration(ETCGenerationMixin, LlavaForConditionalGe
             logits_to_keep: the number of last columns (0: all), or their indices.
             others: as in [`LlavaETCModel`].
         """
-        return self._answer(
-            {"pixel_values": pixel_values},
-            compressed_images,
-            labels,
-            logits_to_keep,
-            return_dict,
-            num_items_in_batch,
+        output = self.model(
             input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            compressed_images=compressed_images,
             use_cache=use_cache,
             output_compression=output_compression,
+            return_dict=True,
             **kwargs,
         )
+        return self._with_head(output, labels, logits_to_keep, return_dict, num_items_in_batch)
 
     def count_placeholders(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
         pixel_values = images["pixel_values"]

@@ -14,11 +14,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedMode
 
 from ..configuration.configuration_qwen3_vl_baseline import Qwen3VLBaselineConfig
 from .compressed_image import CompressedImage
-from .compressed_model import (
-    CompressedCausalLMOutputWithPast,
-    CompressedGenerationMixin,
-    CompressedModelOutputWithPast,
-)
+from .compressed_model import CompressedGenerationMixin, CompressedModelOutputWithPast
 from .compressor_baselines import image_keys
 from .exact_count import CompressedImages
 from .image_inputs import ImageInputsMixin, locate_images
@@ -26,7 +22,7 @@ from .logical_model import LogicalGenerationMixin
 from .modeling_baseline import BaselineModelMixin
 from .placed_model import PlacedModelMixin
 from .position_ids import grid_positions
-from .qwen3_vl_backbone import Qwen3VLGenerationMixin, Qwen3VLModelMixin, refuse_videos
+from .qwen3_vl_backbone import Qwen3VLGenerationMixin, Qwen3VLModelMixin
 
 
 class Qwen3VLBaselineModel(Qwen3VLModelMixin, BaselineModelMixin, PlacedModelMixin, Qwen3VLModel):
@@ -75,72 +71,53 @@ class Qwen3VLBaselineModel(Qwen3VLModelMixin, BaselineModelMixin, PlacedModelMix
     def _width(self) -> int:
         return self.config.text_config.hidden_size * (1 + len(self.config.vision_config.deepstack_visual_indexes)) + 4
 
-    def forward(
+    def _run_prompt(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-        mm_token_type_ids: torch.IntTensor | None = None,
-        compressed_images: list[CompressedImage] | None = None,
-        use_cache: bool | None = None,
-        output_compression: bool = False,
-        return_dict: bool | None = None,
+        images: dict[str, torch.Tensor | None],
+        compressed_images: list[CompressedImage] | None,
+        *,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        output_compression: bool,
         **kwargs,
-    ) -> CompressedModelOutputWithPast | tuple:
-        """
-        Args:
-            input_ids, attention_mask: (batch, columns), with as many placeholders an image as it has tokens after
-                compression; with a cache, `input_ids` holds the new columns and `attention_mask` all of them.
-            pixel_values: (patches of all images, patch values), the images of all rows, row after row.
-            image_grid_thw: (images, 3), each image's patches in time (1), height and width.
-            pixel_values_videos, video_grid_thw: refused.
-            position_ids, mm_token_type_ids: ignored: they follow from the columns.
-            compressed_images: what `compress` returned, in place of `pixel_values`.
-            output_compression: also return where each visual token comes from.
-        """
-        refuse_videos(pixel_values_videos)
+    ) -> CompressedModelOutputWithPast:
         kwargs.pop("cache_position", None)  # 4.57's generate passes it; the language model counts for itself
         inputs_embeds, present, cache = self._open_columns(
             input_ids, inputs_embeds, attention_mask, past_key_values, use_cache
         )
-        if pixel_values is not None and compressed_images is not None:
+        has_images = images["pixel_values"] is not None
+        if has_images and compressed_images is not None:
             raise ValueError("Pass pixel_values or compressed_images, not both.")
-        images = None
         if compressed_images is not None:
             counts = [len(image.embeddings) for image in compressed_images]
-            images = CompressedImages(self._tokens_of(compressed_images).to(inputs_embeds.device), counts)
-        elif pixel_values is not None:
-            images = self.compress_images(pixel_values, image_grid_thw, trace=output_compression)
-        if images is None:
-            self._check_text_alone(input_ids, cache)
-            output = self._run_columns(inputs_embeds, present, cache, **kwargs)
+            compressed = CompressedImages(self._tokens_of(compressed_images).to(inputs_embeds.device), counts)
+        elif has_images:
+            compressed = self.compress_images(**images, trace=output_compression)
         else:
-            columns = self._columns_of(images.tokens, input_ids, inputs_embeds)
-            placed = images.tokens[:, -4:].round().long()
-            positions = self._positions(columns[..., 0], present, images.counts, placed)
-            tokens, *deepstack = (
-                images.tokens[:, :-4]
-                .to(inputs_embeds.dtype)
-                .chunk(1 + len(self.config.vision_config.deepstack_visual_indexes), dim=1)
-            )
-            output = self._run_columns(
-                inputs_embeds.masked_scatter(columns, tokens),
-                present,
-                cache,
-                positions,
-                visual_pos_masks=columns[..., 0],
-                deepstack_visual_embeds=deepstack,
-                **kwargs,
-            )
-            output.image_hidden_states, output.compression = tokens, images.provenance
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+            self._check_text_alone(input_ids, cache)
+            return self._run_columns(inputs_embeds, present, cache, **kwargs)
+        columns = self._columns_of(compressed.tokens, input_ids, inputs_embeds)
+        placed = compressed.tokens[:, -4:].round().long()
+        positions = self._positions(columns[..., 0], present, compressed.counts, placed)
+        tokens, *deepstack = (
+            compressed.tokens[:, :-4]
+            .to(inputs_embeds.dtype)
+            .chunk(1 + len(self.config.vision_config.deepstack_visual_indexes), dim=1)
+        )
+        output = self._run_columns(
+            inputs_embeds.masked_scatter(columns, tokens),
+            present,
+            cache,
+            positions,
+            visual_pos_masks=columns[..., 0],
+            deepstack_visual_embeds=deepstack,
+            **kwargs,
+        )
+        output.image_hidden_states, output.compression = tokens, compressed.provenance
+        return output
 
     @staticmethod
     def _positions(
@@ -184,49 +161,6 @@ class Qwen3VLBaselineForConditionalGeneration(
 
     def compress(self, *args, **kwargs) -> list[CompressedImage]:
         return self.model.compress(*args, **kwargs)
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-        mm_token_type_ids: torch.IntTensor | None = None,
-        compressed_images: list[CompressedImage] | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        output_compression: bool = False,
-        return_dict: bool | None = None,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        **kwargs,
-    ) -> CompressedCausalLMOutputWithPast | tuple:
-        """
-        Args:
-            labels: (batch, columns), −100 where no loss is wanted.
-            logits_to_keep: the number of last columns (0: all), or their indices.
-            others: as in [`Qwen3VLBaselineModel`].
-        """
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            compressed_images=compressed_images,
-            use_cache=use_cache,
-            output_compression=output_compression,
-            return_dict=True,
-            **kwargs,
-        )
-        return self._with_head(output, labels, logits_to_keep, return_dict, num_items_in_batch)
 
 
 __all__ = ["Qwen3VLBaselineForConditionalGeneration", "Qwen3VLBaselineModel"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
-from transformers import GenerationMixin, Qwen3VLModel
+from transformers import Cache, GenerationMixin, Qwen3VLModel
 
 from .compatibility import stock_deepstack_features
+from .compressed_image import CompressedImage
+from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast
 
 
 class Qwen3VLModelMixin:
-    """Mixed into a model without a head, before its method's mixin."""
+    """Mixed into a model without a head, before its method's mixin, which brings `_run_prompt`."""
 
     visual_inputs = ("pixel_values", "image_grid_thw")
 
@@ -36,11 +38,98 @@ class Qwen3VLModelMixin:
     def _position_ids(self, positions: torch.Tensor) -> torch.Tensor:
         return positions.expand(3, -1, -1)
 
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        compressed_images: list[CompressedImage] | None = None,
+        use_cache: bool | None = None,
+        output_compression: bool = False,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CompressedModelOutputWithPast | tuple:
+        """
+        Args:
+            input_ids, attention_mask: (batch, columns), with the placeholders that the processor writes for every
+                image; with a cache, `input_ids` holds the new columns and `attention_mask` all of them.
+            pixel_values: (patches of all images, patch values), the images of all rows, row after row.
+            image_grid_thw: (images, 3), each image's patches in time (1), height and width.
+            pixel_values_videos, video_grid_thw: refused.
+            position_ids, mm_token_type_ids: ignored: they follow from the columns.
+            compressed_images: what `compress` returned, in place of `pixel_values`.
+            output_compression: also return where each visual token comes from.
+        """
+        refuse_videos(pixel_values_videos)
+        output = self._run_prompt(  # type: ignore[attr-defined]
+            {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw},
+            compressed_images,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_compression=output_compression,
+            **kwargs,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
+        return output if return_dict else output.to_tuple()
+
 
 class Qwen3VLGenerationMixin:
     """Mixed into the model with a head, before its method's mixin."""
 
     image_inputs = ("pixel_values", "image_grid_thw", "compressed_images")
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        compressed_images: list[CompressedImage] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_compression: bool = False,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> CompressedCausalLMOutputWithPast | tuple:
+        """
+        Args:
+            labels: (batch, columns), −100 where no loss is wanted.
+            logits_to_keep: the number of last columns (0: all), or their indices.
+            others: as in the model without a head.
+        """
+        output = self.model(  # type: ignore[attr-defined]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            compressed_images=compressed_images,
+            use_cache=use_cache,
+            output_compression=output_compression,
+            return_dict=True,
+            **kwargs,
+        )
+        return self._with_head(output, labels, logits_to_keep, return_dict, num_items_in_batch)  # type: ignore[attr-defined]
 
     def take_images(self, images, chosen):
         """The patches of all images lie in one tensor."""
