@@ -175,9 +175,10 @@ def _ratios(stock: torch.Tensor, compressed: torch.Tensor, config: LlavaQGVTCCon
 
 def _vision_layers(config: LlavaQGVTCConfig) -> tuple[list[VisionLayer], list[VisionLayer]]:
     """All layers by the account, of the stock tower and of the compressed one, the last on the tokens that are left."""
-    running = account(config, num_tiles=1, length=config.num_patches).vision_layers
+    stock = uncompressed_account(config)
+    running = account(config, stock, num_tiles=1, length=config.num_patches).vision_layers
     last = VisionLayer.plain(1 + config.compression.num_visual_tokens)
-    return list(uncompressed_account(config).vision_layers), [*running, last]
+    return list(stock.vision_layers), [*running, last]
 
 
 def _layers(stock: torch.Tensor, compressed: torch.Tensor, config: LlavaQGVTCConfig) -> list[dict[str, Any]]:
