@@ -32,7 +32,7 @@ _HEAD = """# Results
 Made by `python -m foveate.evaluation.results` from the files in `{folder}/`; don't edit by hand. Answers are compared
 exactly; intervals are 95 % (Wilson). Test scenes use handwritten digits that training never saw. What the commands name
 `lab/work/converted/METHOD` is made by `foveate convert lab:tiny-llava lab/work/converted/METHOD --method METHOD` (with
-`--set key_width=64` for metacompress; `tiny-llava-next-METHOD` is of `lab:tiny-llava-next`), and
+`--set key_width=64` for metacompress; `BASE-METHOD` there is of `lab:BASE`), and
 `lab/work/trained/NAME` by `python -m foveate.lab.experiments --only NAME`: it converts, and trains with the recipe in
 `lab/recipes/`. A row of several seeds pools them: each is another training, asked about other test scenes.
 """

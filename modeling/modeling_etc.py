@@ -107,13 +107,8 @@ class ETCModelMixin(PlacedModelMixin):
         with torch.no_grad():
             output, columns, encoded = self._run(
                 {name: inputs.get(name) for name in self.visual_inputs},
-                None,
-                input_ids,
-                None,
-                attention_mask,
-                None,
-                True,
-                False,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
                 images_alone=True,
             )
         if columns is None:
@@ -150,13 +145,14 @@ class ETCModelMixin(PlacedModelMixin):
     def _run(
         self,
         images: dict[str, torch.Tensor | None],
-        compressed_images: list[CompressedImage] | None,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.FloatTensor | None,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        output_compression: bool,
+        compressed_images: list[CompressedImage] | None = None,
+        *,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_compression: bool = False,
         images_alone: bool = False,
         **kwargs: Any,
     ) -> tuple[CompressedModelOutputWithPast, ImageColumns | None, EncodedImages | None]:
@@ -216,7 +212,8 @@ class ETCModelMixin(PlacedModelMixin):
                 inputs_embeds, columns, positions, encoded, for_now, compressed_images, watch, images_alone, **kwargs
             )
             output.past_key_values = cache
-        output.image_hidden_states = output.last_hidden_state[columns.compressed.to(device)]
+        at_compressed = columns.rows[:, None].to(device), columns.columns_of(compressed=True).to(device)
+        output.image_hidden_states = output.last_hidden_state[at_compressed].flatten(0, 1)
         output.compression = watch.result() if watch is not None else None
         return output, columns, encoded
 
@@ -338,7 +335,12 @@ class ETCModelMixin(PlacedModelMixin):
             raise ValueError("A compressed image goes with the text before it: start without past_key_values.")
         text = self.config.text_config  # type: ignore[attr-defined]
         for image in images:
-            image.require(method, image.keys is not None and len(image.keys) == text.num_hidden_layers)
+            fits = image.keys is not None and (image.grid is not None) == ("image_grid_thw" in self.visual_inputs)
+            if fits:
+                layers, heads, _, width = image.keys.shape  # type: ignore[union-attr]
+                attention = self.language_model.layers[0].self_attn  # type: ignore[attr-defined]
+                fits = (layers, heads, width) == (text.num_hidden_layers, text.num_key_value_heads, attention.head_dim)
+            image.require(method, fits)
             if image.num_tokens != num_compressed:
                 raise ValueError(
                     f"The image was compressed to {image.num_tokens} token(s), the model is set to {num_compressed}: "

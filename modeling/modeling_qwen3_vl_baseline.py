@@ -15,7 +15,6 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedMode
 from ..configuration.configuration_qwen3_vl_baseline import Qwen3VLBaselineConfig
 from .compressed_image import CompressedImage
 from .compressed_model import CompressedGenerationMixin, CompressedModelOutputWithPast
-from .compressor_baselines import image_keys
 from .exact_count import CompressedImages
 from .image_inputs import ImageInputsMixin, locate_images
 from .logical_model import LogicalGenerationMixin
@@ -45,16 +44,12 @@ class Qwen3VLBaselineModel(Qwen3VLModelMixin, BaselineModelMixin, PlacedModelMix
         joined = torch.cat([joined, grid.to(joined)], dim=1)
         return list(joined.split(lengths))
 
-    def image_keys(self, pixel_values, num_images):
-        return torch.zeros(num_images, dtype=torch.int64)  # `compress_images` draws them, which sees the grids
-
     def compress_images(self, pixel_values=None, image_grid_thw=None, *, trace=False) -> CompressedImages:
         """Encodes images and compresses their sequences; tokens as in `read_sequences`."""
-        merged = self.config.vision_config.spatial_merge_size**2
-        lengths = (image_grid_thw.prod(-1) // merged).tolist()
-        keys = [image_keys(patches[None]) for patches in pixel_values.split([length * merged for length in lengths])]
         sequences = self.read_sequences(pixel_values, image_grid_thw)
-        return self._compress(sequences, torch.cat(keys), trace, None)
+        images = pixel_values.split(image_grid_thw.prod(-1).tolist())
+        keys = torch.cat([self.image_keys(patches[None], 1) for patches in images])
+        return self._compress(sequences, keys, trace, None)
 
     def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
         """The stock model's, uncompressed: what DeepStack adds and the places of tokens belong to them."""

@@ -309,6 +309,16 @@ def test_compressed_images_are_refused_where_they_can_not_be(made):
         cache = made.model(**again).past_key_values
     with pytest.raises(ValueError, match="start without past_key_values"):
         made.model(**again, past_key_values=cache)
+    flipped = None if image.grid is not None else (2, 2)
+    for wrong in (
+        {"keys": image.keys[1:]},
+        {"keys": image.keys[..., 1:]},
+        {"keys": image.keys[:, 1:]},
+        {"grid": flipped},
+    ):
+        other = dataclasses.replace(image, **wrong)
+        with pytest.raises(ValueError, match="compressed by another model"):
+            made.model(**{**again, "compressed_images": [other]})
     made.model.set_compression(num_visual_tokens=2)
     with pytest.raises(ValueError, match=r"compressed to 3 token\(s\), the model is set to 2"):
         made.model(**again)

@@ -160,7 +160,7 @@ def test_the_target_gets_no_gradient(made, batch):
     auxiliary = loss - model(**inputs).loss
     auxiliary.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-5}
-    assert grads.keys() <= {"auxiliary.widen.bias", "auxiliary.s"}
+    assert grads.keys() == {"auxiliary.widen.bias", "auxiliary.s"}
     model.zero_grad()
     del model.auxiliary
 
@@ -179,7 +179,6 @@ def test_the_terms():
     target, mean, lengths = torch.tensor([[[1.0], [2.0]], [[3.0], [99]]]), torch.zeros(2, 2, 1), torch.tensor([2, 1])
     assert distillation_loss(target, mean, None, lengths) == (5 / 2 + 9 / 2) / 2
     found = distillation_loss(target, mean, torch.tensor(4.0), lengths)
-    torch.testing.assert_close(found, torch.tensor(((5 / 8 + 2 * 0.5 * 4.0**0) + 9 / 8) / 2).mul(0).add(found))
     by_hand = ((5 / 8 + 2 * torch.tensor(2.0).log()) + (9 / 8 + torch.tensor(2.0).log())) / 2
     torch.testing.assert_close(found, by_hand)
     assert VisualDecoder(6, 2)(torch.randn(2, M, 6), lengths).shape == (2, 2, 6)
