@@ -17,17 +17,13 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
-import platform
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 import typer
 from rich.console import Console
-from rich.progress import track
 from torch import nn
 from transformers import (
     LlavaForConditionalGeneration,
@@ -55,6 +51,7 @@ from .scenes import (
 from .stages import Stage, run_stage
 from .tower import normalize
 from .train import _publish
+from .validation import ask_validation, begin_account, write_account
 from .vocabulary import CHAT_TEMPLATE, save_tokenizer
 
 
@@ -350,43 +347,18 @@ def train(work: Path) -> tuple[dict[str, float], NextSpeaker]:
     return seconds, speaker
 
 
-@torch.inference_mode()
-def measure(folder: Path, number: int = 600, turns: int = 1, batch_size: int = 20) -> dict[str, object]:
-    """Asks a checkpoint about validation scenes as any user would: through its processor, chat template and `generate`,
-    later turns after its own answers.
+def measure(folder: Path, number: int = 600, turns: int = 1) -> dict[str, object]:
+    """See [`ask_validation`]; also by canvas, "rows × columns" in tiles."""
 
-    Returns:
-        Exact match of all questions, by type, by canvas ("rows × columns" in tiles) and by turn, each with its number.
-    """
-    model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = LlavaNextProcessor.from_pretrained(folder)
-    right: dict[str, list[bool]] = {}
-    for start in track(range(0, number, batch_size), description=f"{turns}-turn validation"):
-        scenes, questions = [], []
-        for index in range(start, min(start + batch_size, number)):
-            scene = sample_scene("validation", index, SCENE_SEED + 1)
-            kinds = [QUESTION_TYPES[(index + turn) % len(QUESTION_TYPES)] for turn in range(turns)]
-            scenes.append(scene)
-            questions.append(ask_questions(scene, kinds))
-        images = [[draw_large_scene(scene)] for scene in scenes]
-        talks: list[list[dict]] = [[] for _ in scenes]
-        for turn in range(turns):
-            for talk, asked in zip(talks, questions):
-                picture = [{"type": "image"}] if turn == 0 else []
-                talk.append({"role": "user", "content": [*picture, {"type": "text", "text": asked[turn].question}]})
-            prompts = processor.apply_chat_template(talks, add_generation_prompt=True)
-            inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
-            answers = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
-            for scene, talk, asked, answer in zip(
-                scenes, talks, questions, processor.batch_decode(answers, skip_special_tokens=True)
-            ):
-                canvas = canvas_of(scene)
-                talk.append({"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]})
-                for group in ("all", asked[turn].type, f"{canvas.rows} × {canvas.columns}", f"turn {turn + 1}"):
-                    right.setdefault(group, []).append(answer.strip() == asked[turn].answer)
-    groups = ["all", *QUESTION_TYPES, *(f"{rows} × {columns}" for rows, columns in SHAPES_IN_TILES)]
-    groups += [f"turn {turn + 1}" for turn in range(turns)] if turns > 1 else []
-    return {group: {"value": round(float(np.mean(right[group])), 4), "n": len(right[group])} for group in groups}
+    def name_of(rows: int, columns: int) -> str:
+        return f"{rows} × {columns}"
+
+    def canvas_name(scene: Scene) -> str:
+        canvas = canvas_of(scene)
+        return name_of(canvas.rows, canvas.columns)
+
+    groups = [name_of(rows, columns) for rows, columns in SHAPES_IN_TILES]
+    return ask_validation(folder, draw_large_scene, SCENE_SEED + 1, number, turns, canvas_name, groups)
 
 
 def main(
@@ -404,16 +376,8 @@ def main(
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found = speaker.evaluate()
     write_checkpoint(speaker.model, checkpoint)
-    summary: dict[str, object] = {
-        "command": "python -m foveate.lab.next",
-        "seed": SEED,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        **({"note": note} if note else {}),
+    account = {
+        **begin_account("python -m foveate.lab.next", SEED, note),
         "tiles": {"minutes": round(seconds["tiles"] / 60, 1), "steps": TILES_STEPS},
         "next": {
             "minutes": round(seconds["dialogues"] / 60, 1),
@@ -423,10 +387,8 @@ def main(
         },
         "validation": {"questions": measure(checkpoint), "dialogues": measure(checkpoint, 200, turns=3)},
     }
-    path = results / "training-next.json"
-    path.with_suffix(".tmp").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
-    console.print(summary)
+    write_account(account, results / "training-next.json")
+    console.print(account)
 
 
 if __name__ == "__main__":

@@ -16,23 +16,17 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 import typer
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 from torch import nn
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2VLImageProcessor,
@@ -58,6 +52,7 @@ from .scenes import (
 )
 from .stages import Stage, run_stage
 from .tower import normalize
+from .validation import ask_validation, begin_account, write_account
 from .vocabulary import QWEN_SPECIAL_TOKENS, make_qwen_tokenizer, save_tokenizer
 
 
@@ -494,52 +489,15 @@ def _change(path: Path, **values: object) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-@torch.inference_mode()
 def measure(
-    folder: Path,
-    number: int = 600,
-    turns: int = 1,
-    size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE),
-    batch_size: int = 20,
+    folder: Path, number: int = 600, turns: int = 1, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
 ) -> dict[str, object]:
-    """Asks a checkpoint about validation scenes as any user would: through its processor, chat template and `generate`,
-    later turns after its own answers.
+    """See [`ask_validation`]; each scene is resized to `size`, width and height in pixels."""
 
-    Args:
-        folder: of the checkpoint.
-        number: of scenes.
-        turns: of a dialogue about one scene.
-        size: width and height in pixels to which each scene is resized.
-        batch_size: scenes asked together.
+    def draw(scene: Scene) -> Image.Image:
+        return draw_scene(scene).resize(size, Image.Resampling.BICUBIC)
 
-    Returns:
-        Exact match of all questions, by type and by turn, each with its number.
-    """
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    right: dict[str, list[bool]] = {}
-    for start in track(range(0, number, batch_size), description=f"{turns}-turn validation"):
-        indices = range(start, min(start + batch_size, number))
-        scenes = [sample_scene("validation", index, SCENE_SEED + 3) for index in indices]
-        questions = [
-            ask_questions(scene, [QUESTION_TYPES[(index + turn) % len(QUESTION_TYPES)] for turn in range(turns)])
-            for index, scene in zip(indices, scenes)
-        ]
-        images = [draw_scene(scene).resize(size, Image.Resampling.BICUBIC) for scene in scenes]
-        talks: list[list[dict]] = [[] for _ in scenes]
-        for turn in range(turns):
-            for talk, asked in zip(talks, questions):
-                picture = [{"type": "image"}] if turn == 0 else []
-                talk.append({"role": "user", "content": [*picture, {"type": "text", "text": asked[turn].question}]})
-            prompts = processor.apply_chat_template(talks, add_generation_prompt=True)
-            inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
-            answers = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
-            for talk, asked, answer in zip(talks, questions, processor.batch_decode(answers, skip_special_tokens=True)):
-                talk.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-                for group in ("all", asked[turn].type, f"turn {turn + 1}"):
-                    right.setdefault(group, []).append(answer == asked[turn].answer)
-    groups = ["all", *QUESTION_TYPES, *([f"turn {turn + 1}" for turn in range(turns)] if turns > 1 else [])]
-    return {group: {"value": round(float(np.mean(right[group])), 4), "n": len(right[group])} for group in groups}
+    return ask_validation(folder, draw, SCENE_SEED + 3, number, turns)
 
 
 def train(work: Path) -> tuple[dict[str, dict[str, float]], Speaker]:
@@ -578,16 +536,8 @@ def main(
     accounts, speaker = train(work)
     checkpoint = weights / "tiny-qwen3vl"
     write_checkpoint(speaker.model, checkpoint)
-    summary: dict[str, object] = {
-        "command": "python -m foveate.lab.qwen3vl",
-        "seed": SEED,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        **({"note": note} if note else {}),
+    account = {
+        **begin_account("python -m foveate.lab.qwen3vl", SEED, note),
         **accounts,
         "validation": {
             "questions": measure(checkpoint),
@@ -595,10 +545,8 @@ def main(
             "dialogues": measure(checkpoint, 200, turns=3),
         },
     }
-    path = results / "training-qwen3vl.json"
-    path.with_suffix(".tmp").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
-    console.print(summary)
+    write_account(account, results / "training-qwen3vl.json")
+    console.print(account)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,9 @@ numbers of the training to `lab/results/training.json`.
 from __future__ import annotations
 
 import json
-import os
-import platform
 from pathlib import Path
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from safetensors.torch import save_file
@@ -25,6 +22,7 @@ from .language import Speaker, cache_features, language_batch, language_tokenize
 from .scenes import IMAGE_SIZE, PATCH_SIZE
 from .stages import Stage, run_stage
 from .tower import Tower, tower_batch, vision_config
+from .validation import begin_account, write_account
 from .vocabulary import CHAT_TEMPLATE, save_tokenizer
 
 
@@ -149,18 +147,7 @@ def main(
     """Trains what is not yet trained and writes the checkpoints. `note`: what the account should say of this run."""
     for folder in (work, weights, results):
         folder.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, object] = {
-        "command": "make lab",
-        "seed": SEED,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-    if note:
-        summary["note"] = note
+    account = begin_account("make lab", SEED, note)
     modules = {}
     for name, seconds, module in make_stages(work):
         modules[name] = module
@@ -169,12 +156,10 @@ def main(
             found = module.evaluate()
             if name == "alignment":
                 found |= {f"test_{key}": value for key, value in module.evaluate("test", 960).items()}
-        summary[name] = {"minutes": round(seconds / 60, 1), **{key: round(value, 4) for key, value in found.items()}}
-        console.print(f"{name}: {summary[name]}")
+        account[name] = {"minutes": round(seconds / 60, 1), **{key: round(value, 4) for key, value in found.items()}}
+        console.print(f"{name}: {account[name]}")
     write_checkpoints(modules["alignment"], modules["language"], weights)
-    path = results / "training.json"
-    path.with_suffix(".tmp").write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    write_account(account, results / "training.json")
 
 
 if __name__ == "__main__":
