@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+from transformers.image_utils import load_image
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 MAX_ASPECT_RATIO = 100
 
@@ -58,9 +62,17 @@ def _flatten(images) -> list:
 
 def _readable(image):
     """8-bit RGB as the image processor expects it. Raises `ValueError` for a picture that nothing could be seen in."""
+    if isinstance(image, str):  # an address, as in chats
+        image = load_image(image)
     if not isinstance(image, Image.Image):
         return image
+    if getattr(image, "n_frames", 1) > 1:
+        logger.warning_once("An image has several frames: the first is read, the others aren't.")
+        image.seek(0)
+    image = ImageOps.exif_transpose(image)
     width, height = image.size
+    if min(width, height) == 0:
+        raise ValueError(f"The image is {width} × {height} pixels: there is nothing in it to see.")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
             f"The image is {width} × {height} pixels; beyond {MAX_ASPECT_RATIO} : 1 nothing is left of it after "
