@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 import transformers
 from torch import nn
-from transformers import Cache
+from transformers import AutoImageProcessor, Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
@@ -57,6 +57,20 @@ def register_key_mapping(model_class: type, generation_class: type, base_model_t
         register_checkpoint_conversion_mapping(model_class.__name__, class_renamings, overwrite=True)
 
 
+def register_image_processor(config_class: type, image_processor_class: type) -> None:
+    """Lets `AutoImageProcessor` find a class of our own; ≥ 5.0 asks for one a backend, 4.57 has no word for such."""
+    classes = {"slow_image_processor_class": image_processor_class}
+    if TRANSFORMERS_5:
+        classes["fast_image_processor_class"] = image_processor_class
+    AutoImageProcessor.register(config_class, **classes)
+
+
+def in_full_precision(module: str) -> list[str]:
+    """For a class's `_keep_in_fp32_modules`: keeps a module out of quantisation, and in float32 beside float16. 4.57
+    looks for its name anywhere; ≥ 5.0 matches the whole name from its start for the one, any part for the other."""
+    return [module, rf".*\.{module}"] if TRANSFORMERS_5 else [module]
+
+
 def clip_embeddings(vision_tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """Input of the first layer of a `CLIPVisionModel`, (images, patches + 1, width)."""
     tower = getattr(vision_tower, "vision_model", vision_tower)  # 4.57 keeps it one level down
@@ -68,22 +82,59 @@ def clip_layers(vision_tower: nn.Module) -> nn.ModuleList:
     return getattr(vision_tower, "vision_model", vision_tower).encoder.layers
 
 
-def run_clip_layer(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """One encoder layer of CLIP on (batch, tokens, width), all tokens attending to all."""
+def clip_patch_embeddings(vision_tower: nn.Module, patches: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Input of the first layer of a `CLIPVisionModel` for images that come as patches.
+
+    Args:
+        patches: (images, patches, values), the values of a patch in the order (channel, row, column).
+        positions: (images, 1 + patches, width), their position embeddings, the class token's first.
+
+    Returns:
+        (images, 1 + patches, width).
+    """
+    tower = getattr(vision_tower, "vision_model", vision_tower)  # 4.57 keeps it one level down
+    embeddings = tower.embeddings
+    weight = embeddings.patch_embedding.weight.flatten(1)
+    found = nn.functional.linear(patches.to(weight.dtype), weight, embeddings.patch_embedding.bias)
+    class_token = embeddings.class_embedding.to(found.dtype).expand(len(found), 1, -1)
+    return tower.pre_layrnorm(torch.cat([class_token, found], dim=1) + positions)
+
+
+def clip_position_embeddings(vision_tower: nn.Module) -> torch.Tensor:
+    """(1 + patches, width), the class token's first."""
+    return getattr(vision_tower, "vision_model", vision_tower).embeddings.position_embedding.weight
+
+
+def padding_mask(vision_tower: nn.Module, present: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What tells the kernel of a `CLIPVisionModel` which tokens, (images, tokens) bool, are not padding: FlashAttention
+    takes them as they are, the others what is added to the scores. One row for all queries, which broadcasts."""
+    if "flash" in vision_tower.config._attn_implementation:
+        return present
+    mask = torch.zeros(present.shape, dtype=dtype, device=present.device)
+    return mask.masked_fill(~present, torch.finfo(dtype).min)[:, None, None]
+
+
+def run_clip_layer(layer: nn.Module, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """One encoder layer of CLIP on (batch, tokens, width), all tokens attending to all that `padding_mask` leaves."""
     if TRANSFORMERS_5:
-        return layer(hidden_states, None)
-    return layer(hidden_states, None, None)[0]  # 4.57: also a causal mask; a tuple comes back
+        return layer(hidden_states, mask)
+    return layer(hidden_states, mask, None)[0]  # 4.57: also a causal mask; a tuple comes back
 
 
 def run_attention(
-    attention: nn.Module, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    attention: nn.Module,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The kernel that a `CLIPAttention` is set to, on (batch, heads, tokens, head width) with all keys visible to all
-    queries; (batch, queries, width). In 4.57 `ALL_ATTENTION_FUNCTIONS` doesn't know the eager one."""
+    """The kernel that a `CLIPAttention` is set to, on (batch, heads, tokens, head width), all queries attending to all
+    keys that `padding_mask` leaves; (batch, queries, width). In 4.57 `ALL_ATTENTION_FUNCTIONS` doesn't know the eager
+    one."""
     implementation = attention.config._attn_implementation
     kernel = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
     mixed, _ = kernel(
-        attention, queries, keys, values, None, scaling=attention.scale, dropout=0.0, is_causal=attention.is_causal
+        attention, queries, keys, values, mask, scaling=attention.scale, dropout=0.0, is_causal=attention.is_causal
     )
     return mixed.flatten(2)
 

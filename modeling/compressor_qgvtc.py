@@ -32,44 +32,6 @@ def question_correlation(query: torch.Tensor, keys: torch.Tensor) -> torch.Tenso
     return (scores * keys.shape[-1] ** -0.5).softmax(-1)
 
 
-def class_correlation(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The class token's row of the attention matrix, at the patches: what guides without a question.
-
-    Args:
-        query: (B, h, 1, d/h) of the class token.
-        keys: (B, h, 1 + n, d/h).
-
-    Returns:
-        (B, n) float32, the mean over the heads.
-    """
-    return attention_rows(query.float(), keys.float()).mean(1)[:, 0, 1:]
-
-
-def attention_rows(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Rows of the attention matrix, (B, h, rows, tokens), of queries (B, h, rows, d/h) on keys (B, h, tokens, d/h)."""
-    return ((queries * queries.shape[-1] ** -0.5) @ keys.mT).softmax(-1)  # the scale on the smaller of the two
-
-
-def choose_tokens(
-    correlation: torch.Tensor, number: int, selectable: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The patches to keep and to discard (step 3b).
-
-    Args:
-        correlation: (B, n).
-        number: k.
-        selectable: (B, n) bool; the others (padding) are kept only where there are too few.
-
-    Returns:
-        (B, k) and (B, m) indices of the kept and the discarded, each in their original order.
-    """
-    correlation = correlation.detach()
-    if selectable is not None:
-        correlation = correlation.masked_fill(~selectable, -1.0)
-    order = correlation.argsort(dim=-1, descending=True, stable=True)
-    return order[:, :number].sort(-1).values, order[:, number:].sort(-1).values
-
-
 def recycle(kept: torch.Tensor, discarded: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Adds what the discarded tokens hold to the kept ones, by attention (Eq. 5).
 
@@ -79,17 +41,3 @@ def recycle(kept: torch.Tensor, discarded: torch.Tensor, weights: torch.Tensor) 
         weights: (B, 1 + k, m), the attention that the kept pay to the discarded, mean over the heads.
     """
     return torch.baddbmm(kept, weights.to(kept.dtype), discarded)
-
-
-def straight_through_gate(tokens: torch.Tensor, correlation: torch.Tensor) -> torch.Tensor:
-    """Lets the gradient of the kept tokens reach their correlation; the values stay as they are.
-
-    A hard choice has no gradient, and Eq. 5 does not read the correlation, so as printed the question's MLP would never
-    train. Each token is multiplied by 1 + c − c, the second c held constant.
-
-    Args:
-        tokens: (B, k, d), kept patches.
-        correlation: (B, k), theirs; it is renormalised over the kept.
-    """
-    share = correlation / correlation.sum(-1, keepdim=True)
-    return tokens * (1 + (share - share.detach()))[..., None].to(tokens.dtype)

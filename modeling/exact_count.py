@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from .compatibility import image_features_output
+from .compressed_image import CompressedImage
 from .compressed_model import (
     CompressedGenerationMixin,
     CompressedModelMixin,
@@ -116,6 +117,49 @@ class ExactCountModelMixin(CompressedModelMixin):
                 "(set_compression changes both), and pass exactly the images that they stand for."
             )
         return is_placeholder[..., None]
+
+
+class PromptAgnosticModelMixin(ExactCountModelMixin):
+    """Mixed into a model without a head whose visual tokens depend on no text, before the Transformers class: images
+    can be compressed once, and asked about often."""
+
+    def compress(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+    ) -> list[CompressedImage]:
+        """Reads images once, for any number of questions in any process: their tokens depend on no text.
+
+        Args:
+            pixel_values, image_sizes: from the processor; what else it returns is not looked at.
+
+        Returns:
+            One an image. `generate` and `forward` take them as `compressed_images`, the processor as `images`.
+        """
+        with torch.no_grad():
+            compressed = self.compress_images(pixel_values, image_sizes)  # type: ignore[misc]
+        return self._as_compressed_images(compressed)
+
+    def _as_compressed_images(self, compressed: CompressedImages) -> list[CompressedImage]:
+        tokens = compressed.tokens.split(compressed.counts)
+        return [
+            CompressedImage(self.config.compression.method, len(found), embeddings=found.clone())  # type: ignore[attr-defined]
+            for found in tokens
+        ]
+
+    def _width(self) -> int:
+        """Of what `compress_images` gives."""
+        return self.config.text_config.hidden_size  # type: ignore[attr-defined]
+
+    def _tokens_of(self, images: list[CompressedImage]) -> torch.Tensor:
+        """(tokens, width) of images that were compressed before."""
+        method, width = self.config.compression.method, self._width()  # type: ignore[attr-defined]
+        for image in images:
+            image.require(method, image.embeddings is not None and image.embeddings.shape[1] == width)
+        return torch.cat([image.embeddings for image in images])  # type: ignore[misc]
 
 
 class ExactCountGenerationMixin(ImageInputsMixin, CompressedGenerationMixin):

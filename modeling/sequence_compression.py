@@ -12,14 +12,14 @@ from transformers import Cache, LlavaModel, LlavaNextModel
 from .compatibility import stock_image_sequences
 from .compressed_image import CompressedImage
 from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast, TokenProvenance
-from .exact_count import CompressedImages, ExactCountGenerationMixin, ExactCountModelMixin
+from .exact_count import CompressedImages, ExactCountGenerationMixin, PromptAgnosticModelMixin
 from .tile_layout import TileLayout, tile_grid_of
 
 
 ROLE_NAMES = ("discarded", "kept", "merged")
 
 
-class SequenceModelMixin(ExactCountModelMixin):
+class SequenceModelMixin(PromptAgnosticModelMixin):
     """Mixed into a model without a head, before the Transformers class. A backbone brings `read_sequences`,
     `sequence_lengths` and, where a sequence holds more than one image's patches in their order, `patches_of`; a method
     brings `compress_sequences`."""
@@ -109,44 +109,6 @@ class SequenceModelMixin(ExactCountModelMixin):
                 for of_image, role in zip(weights, roles)
             ]
         return CompressedImages(torch.cat(tokens), counts, provenance)
-
-    def compress(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        pixel_values: torch.Tensor,
-        image_sizes: torch.Tensor | None = None,
-    ) -> list[CompressedImage]:
-        """Reads images once, for any number of questions in any process: their tokens depend on no text.
-
-        Args:
-            pixel_values, image_sizes: from the processor; what else it returns is not looked at.
-
-        Returns:
-            One an image. `generate` and `forward` take them as `compressed_images`, the processor as `images`.
-        """
-        with torch.no_grad():
-            compressed = self.compress_images(pixel_values, image_sizes)
-        return self._as_compressed_images(compressed)
-
-    def _as_compressed_images(self, compressed: CompressedImages) -> list[CompressedImage]:
-        tokens = compressed.tokens.split(compressed.counts)
-        return [
-            CompressedImage(self.config.compression.method, len(found), embeddings=found.clone())  # type: ignore[attr-defined]
-            for found in tokens
-        ]
-
-    def _width(self) -> int:
-        """Of what `compress_images` gives."""
-        return self.config.text_config.hidden_size  # type: ignore[attr-defined]
-
-    def _tokens_of(self, images: list[CompressedImage]) -> torch.Tensor:
-        """(tokens, width) of images that were compressed before."""
-        method, width = self.config.compression.method, self._width()  # type: ignore[attr-defined]
-        for image in images:
-            image.require(method, image.embeddings is not None and image.embeddings.shape[1] == width)
-        return torch.cat([image.embeddings for image in images])  # type: ignore[misc]
 
     def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs):
         """The compressed visual tokens, one (tokens, width) tensor an image, in the form that this version of

@@ -14,16 +14,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..configuration.settings_qgvtc import QGVTCSettings
+from .clip_attention import attention_rows, class_correlation, split_heads
 from .compatibility import clip_embeddings, clip_layers, run_attention, run_clip_layer
-from .compressor_qgvtc import (
-    attention_rows,
-    choose_tokens,
-    class_correlation,
-    question_correlation,
-    recycle,
-    straight_through_gate,
-    token_schedule,
-)
+from .compressor_qgvtc import question_correlation, recycle, token_schedule
+from .token_choice import choose_tokens, straight_through_gate
 
 
 @dataclass
@@ -127,7 +121,7 @@ def _compress(
     if recycling:
         # Attention is blind to the order of its keys. With the kept in front, rows and columns are slices from here on.
         hidden, queries, keys, values = (x[images, order] for x in (hidden, queries, keys, values))
-        queries, keys, values = (_split_heads(x, attention) for x in (queries, keys, values))
+        queries, keys, values = (split_heads(x, attention) for x in (queries, keys, values))
         attended = attention_rows(queries[:, :, :rows], keys)  # (B, h, 1 + k, 1 + n)
         weights = attended[..., rows:].mean(1)  # (B, 1 + k, m); of all columns, it would cost as much as the products
         tokens = hidden[:, :rows] + attention.out_proj((attended @ values).transpose(1, 2).flatten(2))
@@ -135,7 +129,7 @@ def _compress(
         tokens = recycle(tokens, hidden[:, rows:] + others, weights)
     else:
         queries = attention.q_proj(normed[images, order[:, :rows]])
-        queries, keys, values = (_split_heads(x, attention) for x in (queries, keys, values))
+        queries, keys, values = (split_heads(x, attention) for x in (queries, keys, values))
         tokens = hidden[images, order[:, :rows]] + attention.out_proj(run_attention(attention, queries, keys, values))
     if correlation.requires_grad:
         gated = straight_through_gate(tokens[:, 1:], correlation.gather(1, kept))
@@ -158,13 +152,8 @@ def _correlation(
         if has_question is None:
             return by_question
     with torch.no_grad():  # the choice has no gradient, and nothing else reads it
-        by_class = class_correlation(_split_heads(class_query, attention), _split_heads(keys, attention))
+        by_class = class_correlation(split_heads(class_query, attention), split_heads(keys, attention))
     return by_class if by_question is None else torch.where(has_question[:, None], by_question, by_class)
-
-
-def _split_heads(projected: torch.Tensor, attention: nn.Module) -> torch.Tensor:
-    """(B, tokens, d) → (B, h, tokens, d/h)."""
-    return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
 def _compose(weights: torch.Tensor, step: _Step) -> torch.Tensor:

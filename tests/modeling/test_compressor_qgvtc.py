@@ -8,7 +8,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from foveate.configuration.settings_qgvtc import QGVTCSettings
 from foveate.modeling.compatibility import clip_embeddings, clip_layers
-from foveate.modeling.compressor_qgvtc import choose_tokens, straight_through_gate, token_schedule
+from foveate.modeling.compressor_qgvtc import token_schedule
+from foveate.modeling.token_choice import choose_tokens, straight_through_gate
 from foveate.modeling.vision_encoder_qgvtc import encode_images
 
 from .reference_qgvtc import encode as reference
