@@ -20,12 +20,14 @@ class TokenProvenance:
         roles: (tokens,), why each token is there, as an index into `role_names`.
         role_names: the method's names for the roles.
         steps: for a method that compresses in several steps, the name of each and the patches whose tokens it kept.
+        scores: for a method that asks several experts, the name of each and its score of every patch, (patches,).
     """
 
     weights: torch.Tensor
     roles: torch.Tensor
     role_names: tuple[str, ...]
     steps: tuple[tuple[str, torch.Tensor], ...] = ()
+    scores: tuple[tuple[str, torch.Tensor], ...] = ()
 
 
 @dataclass
@@ -93,6 +95,11 @@ class CompressedModelMixin:
         settings = self.config.change_compression(keep_ratio, **changes)  # type: ignore[attr-defined]
         if processor is not None:
             processor.set_compression(settings)
+
+    def set_trained_budget(self, num_visual_tokens: int, processor: Any = None) -> None:
+        """Changes the budget that the model is about to be trained at: as `set_compression`, but weights whose shape
+        says the budget follow it."""
+        self.set_compression(processor, num_visual_tokens=num_visual_tokens)
 
 
 def keep_logits(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,14 @@ class CompressedTokens(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.embeddings, std=0.02)
 
+    def resize(self, num_tokens: int) -> None:
+        """Cuts the last tokens off, or adds new ones."""
+        before = self.embeddings
+        self.embeddings = nn.Parameter(before.new_empty(num_tokens, before.shape[1]))
+        self.reset_parameters()
+        with torch.no_grad():
+            self.embeddings[: len(before)] = before[:num_tokens]
+
     def forward(self, num_tokens: int) -> torch.Tensor:
         """(num_tokens, width), the first ones."""
         # Not a view, which hooks on modules (accelerate's, profilers') take for something to differentiate.

@@ -8,6 +8,7 @@ Position ids go on counting the visual tokens, as in training. Inputs and output
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -439,6 +440,16 @@ class ETCGenerationMixin(LogicalGenerationMixin, ImageInputsMixin, CompressedGen
 
     def compress(self, *args, **kwargs) -> list[CompressedImage]:
         return self.model.compress(*args, **kwargs)  # type: ignore[attr-defined]
+
+    def set_trained_budget(self, num_visual_tokens: int, processor: Any = None) -> None:
+        """Gives the model this many compressed tokens: the first of those that it has, and new ones after them."""
+        config = self.config  # type: ignore[attr-defined]
+        changes = {"num_visual_tokens": num_visual_tokens, "trained_tokens": num_visual_tokens}
+        settings = dataclasses.replace(config.compression, **changes).fitted_to(config)
+        self.model.compressor.resize(num_visual_tokens)  # type: ignore[attr-defined]
+        config.compression = settings
+        if processor is not None:
+            processor.set_compression(settings)
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, use_cache=None, **kwargs):
         if use_cache is False:

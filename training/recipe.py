@@ -111,6 +111,8 @@ class StageRecipe:
 
     Args:
         title: for readers.
+        num_visual_tokens: the budget to train at; `None`: the checkpoint's own.
+        native_warmup_steps: steps in which LLaVA-Meteor's native expert rises from no say to all that it has.
         learning_rate: peak rates by the part of the model that trains ("multi_modal_projector"); all else is frozen.
         batch_size: examples a device and step.
         lora: adapters that train as well.
@@ -144,6 +146,8 @@ class StageRecipe:
     title: str
     learning_rate: dict[str, float]
     batch_size: int
+    num_visual_tokens: int | None = None
+    native_warmup_steps: int | None = None
     lora: LoraRecipe | None = None
     distillation: DistillationRecipe | None = None
     auxiliary: AuxiliaryRecipe | None = None
@@ -175,7 +179,8 @@ class StageRecipe:
         for name in ("batch_size", "gradient_accumulation", "max_length", "save_steps", "logging_steps"):
             _whole(self, name, 1)
         _whole(self, "lab_turns", 1)
-        _whole(self, "max_steps", 1, optional=True)
+        for name in ("max_steps", "num_visual_tokens", "native_warmup_steps"):
+            _whole(self, name, 1, optional=True)
         _whole(self, "workers", 0, optional=True)
         _whole(self, "seed", 0)
         _number(self, "epochs", above=0)

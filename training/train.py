@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from ..conversion.atomic_folder import atomic_folder, require_free
 from ..conversion.checkpoints import fetch_weights, find_checkpoint, read_config, read_shards
@@ -135,7 +137,7 @@ def train(
         args=arguments,
         data_collator=collator,
         train_dataset=data,
-        callbacks=[*([_ClipValues(job.recipe.max_grad_value)] if job.recipe.max_grad_value else []), *callbacks],
+        callbacks=[*_callbacks_of(job.recipe), *callbacks],
         recipe=job.recipe,
         num_steps=num_steps,
     )
@@ -292,10 +294,11 @@ def _open_checkpoint(job: _Job, arguments: TrainingArguments) -> tuple[nn.Module
     # Nothing is generated, and keys and values of the past would only take memory.
     model.config.use_cache = model.config.get_text_config().use_cache = False
     set_seed(job.recipe.seed)
+    _set_budget(job, model, processor)
     unfreeze(model, job.recipe)
-    for part, method in (("distillation", "metacompress"), ("auxiliary", "etc")):
+    for part, method in (("distillation", "metacompress"), ("auxiliary", "etc"), ("native_warmup_steps", "meteor")):
         if getattr(job.recipe, part) is not None and job.method != method:
-            raise FoveateError(f"The recipe has a block `{part}`, which is of '{method}', not of '{job.method}'.")
+            raise FoveateError(f"The recipe has `{part}`, which is of '{method}', not of '{job.method}'.")
     if job.recipe.auxiliary is not None:
         VisualDistillation.prepare(model, job.recipe.auxiliary)
     return model, processor
@@ -308,6 +311,15 @@ def _load_model(job: _Job, dtype: torch.dtype | str, **kwargs: Any) -> Any:
         raise FoveateError(
             f"{job.checkpoint} can't be loaded as an image-text model: {first_sentence(error)}"
         ) from error
+
+
+def _set_budget(job: _Job, model: Any, processor: Any) -> None:
+    if job.recipe.num_visual_tokens is None:
+        return
+    try:
+        model.set_trained_budget(job.recipe.num_visual_tokens, processor)
+    except ValueError as error:
+        raise FoveateError(f"{job.checkpoint} can't be trained at this budget: {first_sentence(error)}") from error
 
 
 def unfreeze(model: Any, recipe: StageRecipe) -> Any:
@@ -481,6 +493,25 @@ class _ClipValues(TrainerCallback):
         torch.nn.utils.clip_grad_value_(model.parameters(), self.limit)
 
 
+class _LetNativeExpertIn(TrainerCallback):
+    """Lets the say of LLaVA-Meteor's native expert rise from nothing to all of it."""
+
+    def __init__(self, num_steps: int):
+        self.num_steps = num_steps
+
+    def on_step_begin(self, args, state, control, model: nn.Module, **kwargs: Any) -> None:
+        model.model.native_warmup = min(1.0, state.global_step / self.num_steps)
+
+
+def _callbacks_of(recipe: StageRecipe) -> list[TrainerCallback]:
+    found: list[TrainerCallback] = []
+    if recipe.max_grad_value is not None:
+        found.append(_ClipValues(recipe.max_grad_value))
+    if recipe.native_warmup_steps is not None:
+        found.append(_LetNativeExpertIn(recipe.native_warmup_steps))
+    return found
+
+
 _ADAPTERS = "lora"
 
 
@@ -522,6 +553,8 @@ def _facts(trainer: StageTrainer, data: LabExamples | LlavaExamples, seconds: fl
 def _write(job: _Job, trained: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Writes OUT: the checkpoint that training began with, and in it what was trained."""
     model = _load_model(job, "auto")
+    processor = AutoProcessor.from_pretrained(job.folder)
+    _set_budget(job, model, processor)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     peft_model = unfreeze(model, job.recipe)
     _fill(model, {name: value for name, value in trained.items() if not name.startswith(f"{AUXILIARY}.")})
@@ -537,6 +570,8 @@ def _write(job: _Job, trained: Mapping[str, torch.Tensor], facts: dict[str, Any]
             parameter.data = parameter.data.to(dtypes[name])
         model.save_pretrained(folder)
         copy_small_files(job.folder, folder)
+        if job.recipe.num_visual_tokens is not None:
+            _write_budget(model, processor, folder)
         for path in folder.rglob("*.safetensors"):  # safetensors lets the owner alone read what it writes
             shutil.copymode(folder / "config.json", path)
         stages = {**earlier_stages(job.folder), job.stage: job.recipe.to_dict()}
@@ -546,6 +581,17 @@ def _write(job: _Job, trained: Mapping[str, torch.Tensor], facts: dict[str, Any]
             shutil.copytree(job.state / "runs", folder / "runs")
         kept = ADAPTER_FOLDER if peft_model is not None and not job.merge else None
         write_card(folder, read_base_name(job.folder), stages, kept)
+
+
+def _write_budget(model: Any, processor: Any, folder: Path) -> None:
+    """Tells the config and the processor in a checkpoint's folder what they count with."""
+    config = {**read_config(folder), "compression": model.config.compression.to_dict()}
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as saved:
+        processor.save_pretrained(saved)
+        for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
+            if (Path(saved) / name).is_file():
+                shutil.copyfile(Path(saved) / name, folder / name)
 
 
 def merge_lora(peft_model: Any) -> Any:

@@ -105,6 +105,20 @@ def test_batches_without_an_image_train_too(tiny, instructions, tmp_path):
     assert changed(weights(tiny), weights(out))
 
 
+def test_the_budget_can_be_the_recipes(tiny, instructions, tmp_path):
+    """In the config and in the processor of what is written, which is otherwise as before."""
+    out = run(tiny, instructions, tmp_path / "out", stage=1, steps=1, settings={"num_visual_tokens": 2})
+    model, processor = AutoModelForImageTextToText.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    assert model.config.compression.num_visual_tokens == 2
+    prompt = "USER: <image> what is it ASSISTANT:"
+    inputs = processor(images=Image.new("RGB", (50, 40), "red"), text=prompt, return_tensors="pt")
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 2
+    model(**inputs)
+    assert (out / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+    with pytest.raises(FoveateError, match=r"can't be trained at this budget: num_visual_tokens is 99"):
+        run(tiny, instructions, tmp_path / "none", stage=1, settings={"num_visual_tokens": 99})
+
+
 # Breaking off
 
 

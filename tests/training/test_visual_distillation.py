@@ -209,6 +209,26 @@ def test_training_from_the_recipe(made, aux, data, tmp_path):
     assert not hasattr(model, "auxiliary")
 
 
+@pytest.mark.parametrize("number", [1, 4])
+def test_the_number_of_compressed_tokens_is_the_recipes(made, number, tmp_path):
+    """Fewer than the checkpoint has, or more; what is written says so to the model and to the processor."""
+    settings = {"data": "lab:16", "max_steps": 1, "batch_size": 2, "precision": "fp32", "workers": 0}
+    settings |= {"num_visual_tokens": number, "learning_rate.compressor": 1e-9, "warmup_ratio": 0}
+    out = train("etc", made.folder, tmp_path / "out", settings=settings, progress=False)
+    model, info = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    found = model.config.compression
+    assert (found.num_visual_tokens, found.trained_tokens) == (number, number)
+    ours, theirs = (x.model.compressor.embeddings for x in (model, made.model))
+    assert len(ours) == number
+    torch.testing.assert_close(ours[:M], theirs[:number], atol=1e-6, rtol=1e-6)
+    inputs = Collator(AutoProcessor.from_pretrained(out), max_length=1000)(EXAMPLES)
+    with torch.no_grad():
+        model(**inputs)
+    assert made.model.config.compression.trained_tokens == M
+
+
 def tensors_of(folder):
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
