@@ -51,6 +51,7 @@ benchmark: $(VENV)/.installed-eval
 	$(BIN)/python -m foveate.evaluation.benchmark_encoder
 	$(BIN)/python -m foveate.evaluation.benchmark_prefill
 	$(BIN)/python -m foveate.evaluation.benchmark_eviction
+	$(BIN)/python -m foveate.evaluation.benchmark_fusion
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -7,6 +7,7 @@ values raise a `ValueError` that names the field and the way out.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -66,6 +67,11 @@ class CompressionSettings:
     def budget_of_ratio(cls, keep_ratio: float, config: Any) -> dict[str, Any]:
         """The settings that keep this share of an image's tokens, in (0, 1]."""
         return {"num_visual_tokens": max(1, round(keep_ratio * config.num_patches))}
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Any, given: Collection[str]) -> dict[str, Any]:
+        """The settings that follow from the language model's tokenizer, but for those that the user has given."""
+        return {}
 
     def count_tokens(self, length: int) -> int:
         """Tokens of an image that has `length` of them without compression, where that is known beforehand."""

@@ -59,8 +59,8 @@ def entry_modules(config_class: type) -> list[str]:
     """
     package = config_class.__module__.split(".")[0]
     files = {reference.partition(".")[0] for reference in config_class.remote_code_map().values()}
-    # A file's name begins with its room: configuration_x, processing_x, modeling_x.
-    return sorted(f"{package}.{file.partition('_')[0]}.{file}" for file in files)
+    # A file's name begins with its room: configuration_x, processing_x, modeling_x; so does image_processing_x, nearly.
+    return sorted(f"{package}.{file.removeprefix('image_').partition('_')[0]}.{file}" for file in files)
 
 
 def write_bundle(entries: type | Iterable[str], folder: str | Path) -> list[Path]:

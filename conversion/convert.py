@@ -103,8 +103,11 @@ def convert(
     # Small files first: what they tell need not wait for a download of the weights.
     source, backbone = _open_base(base, method)
     encoder = _open_text_encoder(source, backbone, method, text_encoder)
-    config = _make_config(source, backbone, encoder, {"method": method, **(settings or {})}, keep_ratio)
-    processor = _make_processor(source, backbone, encoder, config)
+    stock_processor = _open_processor(source)
+    config = _make_config(
+        source, backbone, encoder, stock_processor, {"method": method, **(settings or {})}, keep_ratio
+    )
+    processor = _make_processor(stock_processor, backbone, encoder, config)
 
     shards = _read_base_weights(source)
     new = _read_or_draw_parameters(source, backbone, encoder, config, stored_dtype(shards))
@@ -181,6 +184,7 @@ def _make_config(
     base: BaseCheckpoint,
     backbone: Backbone,
     encoder: TextEncoder | None,
+    stock_processor: Any,
     compression: dict[str, Any],
     keep_ratio: float | None,
 ) -> Any:
@@ -189,6 +193,8 @@ def _make_config(
     if encoder:
         fields["question_config"] = encoder.config.to_dict()
     try:
+        of_tokenizer = backbone.config_class.settings_class.of_tokenizer(stock_processor.tokenizer, compression)
+        compression = {**of_tokenizer, **compression}
         config = backbone.config_class.from_dict({**fields, "compression": compression})
         if keep_ratio is not None:
             config.change_compression(keep_ratio)
@@ -197,17 +203,22 @@ def _make_config(
     return config
 
 
-def _make_processor(base: BaseCheckpoint, backbone: Backbone, encoder: TextEncoder | None, config: Any) -> Any:
-    """The method's processor, of the parts and arguments of the base's, and the question's tokenizer."""
+def _open_processor(base: BaseCheckpoint) -> Any:
     require_tokenizer(base.name, base.folder)
     try:
-        stock = AutoProcessor.from_pretrained(base.folder)
+        return AutoProcessor.from_pretrained(base.folder)
     except Exception as error:
         raise FoveateError(f"{base.name}'s processor can't be read: {first_sentence(error)}") from error
+
+
+def _make_processor(stock: Any, backbone: Backbone, encoder: TextEncoder | None, config: Any) -> Any:
+    """The method's processor, of the parts and arguments of the base's, and the question's tokenizer."""
     names = inspect.signature(backbone.processor_class.__init__).parameters
     arguments = {name: getattr(stock, name) for name in names if name != "self" and hasattr(stock, name)}
     if encoder:
         arguments["question_tokenizer"] = encoder.tokenizer
+    if backbone.image_processor_class is not None:
+        arguments["image_processor"] = backbone.image_processor_class.of_stock(stock.image_processor, config)
     processor = backbone.processor_class(**arguments)
     processor.set_compression(config.compression)
     return processor

@@ -8,9 +8,9 @@ from typing import Any
 from .flops import MethodAccount, is_qwen
 
 
-def account(config: Any, stock: MethodAccount, num_tiles: int, length: int) -> MethodAccount:
+def account(config: Any, stock: MethodAccount, image_size: tuple[int, int]) -> MethodAccount:
     """Of the whole sequence of an image, newlines among it."""
-    settings = config.compression
+    settings, length = config.compression, stock.visual_tokens
     kept, multiply_adds = settings.count_tokens(length), 0
     if settings.method == "spatial" and kept < length:
         multiply_adds = kept * length * _width(config)

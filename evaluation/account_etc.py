@@ -8,6 +8,6 @@ from typing import Any
 from .flops import MethodAccount
 
 
-def account(config: Any, stock: MethodAccount, num_tiles: int, length: int) -> MethodAccount:
+def account(config: Any, stock: MethodAccount, image_size: tuple[int, int]) -> MethodAccount:
     number = config.compression.num_visual_tokens
-    return replace(stock, visual_tokens=number, read_tokens=length + number)
+    return replace(stock, visual_tokens=number, read_tokens=stock.visual_tokens + number)

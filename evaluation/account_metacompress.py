@@ -8,10 +8,10 @@ from typing import Any
 from .flops import MethodAccount
 
 
-def account(config: Any, stock: MethodAccount, num_tiles: int, length: int) -> MethodAccount:
+def account(config: Any, stock: MethodAccount, image_size: tuple[int, int]) -> MethodAccount:
     """The whole sequence of an image, newlines among it, is compressed at once; with nothing to compress there is no
     matrix."""
-    settings, width = config.compression, config.text_config.hidden_size
+    settings, width, length = config.compression, config.text_config.hidden_size, stock.visual_tokens
     kept, multiply_adds = settings.count_tokens(length), 0
     if kept < length:
         multiply_adds += (kept + length) * width * settings.key_width  # Eq. 6 and 7: queries and keys

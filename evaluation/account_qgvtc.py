@@ -8,7 +8,7 @@ from ..modeling.compressor_qgvtc import token_schedule
 from .flops import MethodAccount, VisionLayer, num_patches, text_encoder_flops
 
 
-def account(config: Any, stock: MethodAccount, num_tiles: int, length: int) -> MethodAccount:
+def account(config: Any, stock: MethodAccount, image_size: tuple[int, int]) -> MethodAccount:
     """Every tile is compressed to `num_visual_tokens`, each by the same question, which is read once."""
     settings, vision = config.compression, config.vision_config
     patches, width = num_patches(vision), vision.hidden_size
@@ -33,12 +33,13 @@ def account(config: Any, stock: MethodAccount, num_tiles: int, length: int) -> M
             multiply_adds += width * width  # the class token's query, before it is known what is kept
         entering = kept
 
-    compressor = 2 * num_tiles * multiply_adds
+    compressor = 2 * stock.num_tiles * multiply_adds
     if by_question:
         compressor += 2 * (config.question_config.hidden_size * width + width * width)  # the question's MLP
     return MethodAccount(
         vision_layers=layers,
         tokens_per_tile=settings.num_visual_tokens,
+        num_tiles=stock.num_tiles,
         compressor=compressor,
         text_encoder=text_encoder_flops(config.question_config) if by_question else 0,
     )

@@ -7,7 +7,7 @@ from typing import Any
 from .flops import MethodAccount, VisionLayer, num_patches, text_encoder_flops
 
 
-def account(config: Any, stock: MethodAccount, num_tiles: int, length: int) -> MethodAccount:
+def account(config: Any, stock: MethodAccount, image_size: tuple[int, int]) -> MethodAccount:
     """One image is one tile. Without a fixed `num_visual_tokens` the filters choose a number for every image and
     question: the account is then the upper bound, all patches with all but one of them merged."""
     settings, vision, question = config.compression, config.vision_config, config.question_config

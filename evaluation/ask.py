@@ -21,7 +21,7 @@ from ..modeling.tile_layout import TileLayout
 from ..processing.image_tiles import TileGrid, tile_grid
 from .flops import kv_bytes_by_account
 from .harness import Checkpoint, open_checkpoint, require_writable, visual_tokens_kept
-from .picture import SeenImage, draw_compression, pixels_of_patches, seen_image
+from .picture import SeenImage, draw_compression, pixels_of_patches, seen_image, seen_slices
 
 
 LAB_PICTURES = {"lab": draw_scene, "lab-next": draw_large_scene}
@@ -191,6 +191,9 @@ class _Asked:
             patches, grid_thw = self.inputs["pixel_values"], self.inputs["image_grid_thw"][0]
             pixels = pixels_of_patches(patches, grid_thw, image_processor)
             return seen_image(pixels, image_processor, vision.patch_size * vision.spatial_merge_size)
+        if hasattr(image_processor, "grid_of"):
+            grid = image_processor.grid_of(self.inputs["image_sizes"][0].tolist())
+            return seen_slices(self.inputs["pixel_values"], image_processor, grid)
         return seen_image(self.inputs["pixel_values"], image_processor, vision.patch_size, self.grid)
 
     def provenance(self) -> TokenProvenance:

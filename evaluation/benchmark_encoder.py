@@ -33,7 +33,7 @@ from ..modeling.modeling_qgvtc import QuestionProjector
 from ..modeling.vision_encoder_qgvtc import encode_images
 from .account_qgvtc import account
 from .benchmarking import Shapes, command_parser, conditions, describe, parse, spread, take_turns, timed
-from .flops import VisionLayer, encoder_ratio, uncompressed_account, vision_tower_flops
+from .flops import VisionLayer, default_image_size, encoder_ratio, uncompressed_account, vision_tower_flops
 
 
 TARGET = 0.08  # largest distance of the measured ratio, all layers in both, from R, as a share of R
@@ -175,8 +175,9 @@ def _ratios(stock: torch.Tensor, compressed: torch.Tensor, config: LlavaQGVTCCon
 
 def _vision_layers(config: LlavaQGVTCConfig) -> tuple[list[VisionLayer], list[VisionLayer]]:
     """All layers by the account, of the stock tower and of the compressed one, the last on the tokens that are left."""
-    stock = uncompressed_account(config)
-    running = account(config, stock, num_tiles=1, length=config.num_patches).vision_layers
+    size = default_image_size(config)
+    stock = uncompressed_account(config, size)
+    running = account(config, stock, size).vision_layers
     last = VisionLayer.plain(1 + config.compression.num_visual_tokens)
     return list(stock.vision_layers), [*running, last]
 

@@ -7,8 +7,12 @@ kernel may skip half. The language model's head runs on one position, as `genera
 equal, and the tests hold them to that.
 
 What differs by method is in `account_<ending>.py`, named by what a `model_type` adds to its backbone's (`qgvtc` of
-`llava_next_qgvtc`), whose one function `account(config, stock, num_tiles, length)` returns a [`MethodAccount`]. `stock`
-is the stock model's, `length` its number of visual tokens of the image.
+`llava_next_qgvtc`), whose one function `account(config, stock, image_size)` returns a [`MethodAccount`]; `stock` is the
+stock model's of the image.
+
+What stands beside a method is the stock model of its backbone. For LLaVA-Meteor, too, that is LLaVA-1.5, which sees an
+image of any size as one square: the model that was converted, so that a report says what the method costs or saves
+whoever has that one. How many tokens LLaVA-Meteor would have if it selected none is `count_without_compression`'s.
 
 Qwen3-VL takes an image as it is, within limits that are the processor's; so its size here is the one after that, and
 only rounded to whole tokens.
@@ -36,6 +40,7 @@ from transformers import AutoConfig
 from ..conversion.checkpoints import find_checkpoint, read_config
 from ..errors import FoveateError, first_sentence
 from ..modeling.compressor_qgvtc import token_schedule
+from ..modeling.slice_layout import slice_grid_of
 from ..processing.checked_processor import MAX_ASPECT_RATIO
 from ..processing.image_tiles import TileGrid, tile_grid
 from ..registry import backbones
@@ -81,8 +86,8 @@ class MethodAccount:
     Args:
         vision_layers: the layers of the vision tower that run, each on every tile.
         tokens_per_tile: visual tokens of a tile that reach the projector.
-        visual_tokens: of the image, after a method that compresses what comes out of the projector; `None`: what the
-            tiles keep, as the backbone packs it.
+        num_tiles: pictures that the vision tower sees of the image.
+        visual_tokens: of the image; `None`: what the tiles keep, as the backbone packs it.
         read_tokens: what the language model reads of the image before it keeps `visual_tokens`, in a pass before the
             text (all of which follows the image here); `None`: it reads what it keeps, with the text.
         compressor: FLOPs of what the method adds to the stock model, all tiles together.
@@ -92,6 +97,7 @@ class MethodAccount:
 
     vision_layers: Sequence[VisionLayer]
     tokens_per_tile: int
+    num_tiles: int = 1
     visual_tokens: int | None = None
     read_tokens: int | None = None
     compressor: int = 0
@@ -130,7 +136,7 @@ class Account:
 
 @dataclass(frozen=True)
 class FlopsReport:
-    """A model's account beside that of the same model without compression.
+    """A model's account beside that of its backbone's stock model.
 
     Attributes:
         name: checkpoint or shape.
@@ -194,8 +200,7 @@ def flops(
     if text_tokens < 1:
         raise FoveateError(f"text_tokens is {text_tokens}: a prompt has at least 1.")
     config = config_of_shape(shape, method, settings) if shape is not None else _config_of(checkpoint, settings)
-    if image_size is None:
-        image_size = _QWEN_IMAGE_SIZE if is_qwen(config) else (config.vision_config.image_size,) * 2
+    image_size = image_size or default_image_size(config)
     return FlopsReport(
         name=str(checkpoint or shape),
         method=_method_of(config) or "none",
@@ -216,11 +221,9 @@ def account_of(config: Any, image_size: tuple[int, int], text_tokens: int, uncom
         FoveateError: towers that the account doesn't know, an image that can't be seen.
     """
     _require_known_towers(config)
-    num_tiles = count_tiles(config, image_size)
     found = uncompressed_account(config, image_size)
     if not uncompressed and _method_of(config) is not None:
-        length = count_visual_tokens(config, image_size, found.tokens_per_tile)
-        found = _account_module(config).account(config, found, num_tiles, length)
+        found = _account_module(config).account(config, found, image_size)
     visual_tokens = found.visual_tokens
     if visual_tokens is None:
         visual_tokens = count_visual_tokens(config, image_size, found.tokens_per_tile)
@@ -229,10 +232,10 @@ def account_of(config: Any, image_size: tuple[int, int], text_tokens: int, uncom
     if found.read_tokens is not None:
         passes = [(found.read_tokens, found.read_tokens), (text_tokens, num_tokens)]
     return Account(
-        vision_tower=num_tiles * vision_tower_flops(config.vision_config, found.vision_layers),
+        vision_tower=found.num_tiles * vision_tower_flops(config.vision_config, found.vision_layers),
         text_encoder=found.text_encoder,
         compressor=found.compressor,
-        projector=num_tiles * projector_flops(config, found.tokens_per_tile),
+        projector=found.num_tiles * projector_flops(config, found.tokens_per_tile),
         llm_prefill=prefill_flops(config.text_config, passes),
         visual_tokens=visual_tokens,
         kv_bytes=kv_bytes_by_account(config.text_config, num_tokens, _dtype_of(config)),
@@ -240,17 +243,27 @@ def account_of(config: Any, image_size: tuple[int, int], text_tokens: int, uncom
     )
 
 
-def uncompressed_account(config: Any, image_size: tuple[int, int] | None = None) -> MethodAccount:
-    """The stock model's: Transformers runs all layers of the vision tower, also those after `vision_feature_layer`.
-    `image_size` in pixels: for Qwen3-VL, whose images are no tiles of one size."""
+def uncompressed_account(config: Any, image_size: tuple[int, int]) -> MethodAccount:
+    """The stock model's: Transformers runs all layers of the vision tower, also those after `vision_feature_layer`."""
+    num_tiles = count_tiles(config, image_size)
     if is_qwen(config):
         vision = config.vision_config
         side = vision.patch_size * vision.spatial_merge_size
-        merged = math.prod(max(1, round(pixels / side)) for pixels in image_size or _QWEN_IMAGE_SIZE)
-        return MethodAccount([VisionLayer.plain(merged * vision.spatial_merge_size**2)] * vision.depth, merged)
+        merged = math.prod(max(1, round(pixels / side)) for pixels in image_size)
+        layers = [VisionLayer.plain(merged * vision.spatial_merge_size**2)] * vision.depth
+        return MethodAccount(layers, merged, visual_tokens=merged)
     tokens = 1 + num_patches(config.vision_config)
     layers = [VisionLayer.plain(tokens)] * config.vision_config.num_hidden_layers
-    return MethodAccount(layers, tokens if config.vision_feature_select_strategy == "full" else tokens - 1)
+    tokens_per_tile = tokens if config.vision_feature_select_strategy == "full" else tokens - 1
+    return MethodAccount(layers, tokens_per_tile, num_tiles, count_visual_tokens(config, image_size, tokens_per_tile))
+
+
+def count_without_compression(config: Any, image_size: tuple[int, int]) -> int:
+    """Tokens of an image of which nothing is left out: the stock model's or, of a method that cuts images into views of
+    its own, all patches of these."""
+    if hasattr(config, "largest_view"):
+        return slice_grid_of(config, image_size[::-1]).num_tokens(config.largest_view)
+    return uncompressed_account(config, image_size).visual_tokens
 
 
 # The parts
@@ -260,6 +273,11 @@ def num_patches(vision_config: Any) -> int:
     return (vision_config.image_size // vision_config.patch_size) ** 2
 
 
+def default_image_size(config: Any) -> tuple[int, int]:
+    """(width, height) in pixels of an image that is one tile."""
+    return _QWEN_IMAGE_SIZE if is_qwen(config) else (config.vision_config.image_size,) * 2
+
+
 def is_qwen(config: Any) -> bool:
     return config.vision_config.model_type in _VISION_TOWERS[1:]
 
@@ -267,10 +285,10 @@ def is_qwen(config: Any) -> bool:
 def vision_tower_flops(config: Any, layers: Sequence[VisionLayer]) -> int:
     """FLOPs of a vision tower on one tile: the patch embedding and the layers that run."""
     if config.model_type in _VISION_TOWERS[1:]:
-        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        embedding = 2 * layers[0].mlp * values * config.hidden_size
+        patches, values = layers[0].keys, config.in_channels * config.temporal_patch_size
     else:
-        embedding = 2 * num_patches(config) * config.num_channels * config.patch_size**2 * config.hidden_size
+        patches, values = layers[0].keys - 1, config.num_channels  # but for the class token
+    embedding = 2 * patches * values * config.patch_size**2 * config.hidden_size
     return embedding + sum(layer.flops(config) for layer in layers)
 
 

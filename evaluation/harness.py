@@ -37,7 +37,7 @@ from ..lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sampl
 from ..modeling.compressed_model import CompressedModelMixin
 from ..modeling.logical_cache import LogicalCache
 from .examples import Example, Turn
-from .flops import count_visual_tokens, is_qwen, uncompressed_account
+from .flops import count_without_compression, is_qwen
 from .metrics import METRICS, mean_of
 from .multi_turn import CachedTurns
 from .published_dialogues import GQA_QUESTIONS, VQA_QUESTIONS, PublishedDialogues, mt_gqa, mt_vqa_v2
@@ -157,12 +157,12 @@ class Checkpoint:
         return [answer.strip() for answer in answers]
 
     def uncompressed_visual_tokens(self, image: Image.Image) -> int:
-        """Tokens that the stock model of a compressed one's shape would have of an image."""
+        """Tokens that a compressed model would have of an image of which nothing is left out."""
         config = self.model.config
         if is_qwen(config):  # limits of an image's size are the processor's
             size, merged = image.size[::-1], config.vision_config.spatial_merge_size**2
             return self.processor.image_processor.get_number_of_image_patches(*size, {}) // merged
-        return count_visual_tokens(config, image.size, uncompressed_account(config).tokens_per_tile)
+        return count_without_compression(config, image.size)
 
     def content_hash(self) -> str:
         """The first 16 hex digits of a SHA-256 over config and weight files, wherever they lie."""

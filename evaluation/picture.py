@@ -3,33 +3,40 @@
 It is drawn from the tokens' provenance alone, so it knows no method. Where tokens are made in one step, a token of one
 patch is an outline in the colour of its role, a token of many patches a tint over them with a dot on the strongest, and
 what went into no token is dark. Where they are made in several, every step has a panel, the patches that it left clear
-and the others dark, as in QG-VTC's Figures 4–9, and the last outlines them.
+and the others dark, as in QG-VTC's Figures 4–9, and the last outlines them. What each of several experts thinks of the
+patches has a panel of its own before these, a heat map over the greyed image.
 """
 
 from __future__ import annotations
 
 import colorsys
 import itertools
+import math
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from ..modeling.compressed_model import TokenProvenance
+from ..processing.image_slices import SliceGrid
 from ..processing.image_tiles import TileGrid
 
 
 PANEL, SMALL_PANEL, MARGIN = 560, 336, 28  # pixels; of a panel, each view is at most this wide or high
+_SLICED = 8  # least pixels of a patch of a slice
 ACROSS = 4  # most views side by side
 _GAP = 8  # pixels between the views of a panel
 INK, ACCENT, PAPER = "#1c2330", "#2563a8", "#ffffff"
 OUTLINES = ("#ffb000", "#19c3e6", "#ff5cc8", "#9be564")  # a role each, in the order of the roles
 REST = "#46536b"  # tint of a token that holds most of the image
 DARK = "#101010"  # of a patch that has no token
+HEAT = ("#1d1147", "#b5367a", "#fb8861", "#fcfdbf")  # of a patch, from a score of 0 to the highest
 _DARK, _TINT, _REST = 0.8, 0.5, 0.66  # how much of a patch they cover
+_HEAT = 0.6  # how much of the greyed image a score covers
+_HEAT_TEXT = "an expert's score, from 0 to the highest of its view"
 _LONGEST_TITLE = 240  # characters of question and of answer
 _FINE = 2  # everything is drawn this much larger, then made smaller: smooth edges
 
@@ -41,10 +48,17 @@ class View:
     Attributes:
         image: without padding.
         patches: (rows, columns), the number of each patch among those of the provenance.
+        slices: (rows, columns) of slices that it is put together of, which the tower saw one by one.
     """
 
     image: Image.Image
     patches: torch.Tensor
+    slices: tuple[int, int] = (1, 1)
+
+    @property
+    def slice_shape(self) -> tuple[int, int]:
+        """(rows, columns) of patches of a slice."""
+        return self.patches.shape[0] // self.slices[0], self.patches.shape[1] // self.slices[1]
 
 
 @dataclass(frozen=True)
@@ -52,12 +66,15 @@ class SeenImage:
     """An image as the vision tower saw it.
 
     Attributes:
-        views: one for LLaVA-1.5; for LLaVA-NeXT the overview, and the grid of tiles put together again.
+        views: one for LLaVA-1.5; for LLaVA-NeXT the overview, and the grid of tiles put together again; for
+            LLaVA-Meteor the same, of slices if there are any.
         num_patches: of all tiles, padding included.
+        parts: what the second view is put together of.
     """
 
     views: tuple[View, ...]
     num_patches: int
+    parts: str = "tiles"
 
 
 def seen_image(
@@ -83,6 +100,27 @@ def seen_image(
     return SeenImage(tuple(views), numbers.numel())
 
 
+def seen_slices(pixel_values: torch.Tensor, image_processor: Any, grid: SliceGrid) -> SeenImage:
+    """What the vision tower saw of one image that LLaVA-Meteor's processor cut into views.
+
+    Args:
+        pixel_values: (1, views, patches, values), more views and patches than the image has allowed.
+        image_processor: puts the patches of a grid of views together.
+        grid: the views of the image.
+    """
+    pixels, numbers = pixel_values[0].float().cpu(), torch.arange(grid.num_patches)
+    views, next_view, next_patch = [], 0, 0
+    for slices, shape in (((1, 1), grid.overview), ((grid.rows, grid.columns), grid.slice_shape)):
+        count, length = math.prod(slices), math.prod(shape)
+        if count:
+            cut = pixels[next_view : next_view + count, :length].numpy()
+            image = _to_image(torch.from_numpy(image_processor.put_together(cut, *slices, shape)))
+            patches = numbers[next_patch : next_patch + count * length].view(count, *shape)
+            views.append(View(image, _side_by_side(patches, *slices), slices))
+        next_view, next_patch = next_view + count, next_patch + count * length
+    return SeenImage(tuple(views), grid.num_patches, "slices")
+
+
 def pixels_of_patches(patches: torch.Tensor, grid_thw: torch.Tensor, image_processor: Any) -> torch.Tensor:
     """Puts an image together that Qwen's processor cut into patches.
 
@@ -102,8 +140,13 @@ def pixels_of_patches(patches: torch.Tensor, grid_thw: torch.Tensor, image_proce
 
 def _put_together(tiles: torch.Tensor, grid: TileGrid, scale: int) -> torch.Tensor:
     """(rows · columns, height, width, …) of a grid → the part of the whole that is no padding, at `scale` a patch."""
-    whole = tiles.unflatten(0, (grid.rows, grid.columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    whole = _side_by_side(tiles, grid.rows, grid.columns)
     return whole[grid.top * scale : grid.bottom * scale, grid.left * scale : grid.right * scale]
+
+
+def _side_by_side(tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """(rows · columns, height, width, …) → (rows · height, columns · width, …)."""
+    return tiles.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def _to_image(pixels: torch.Tensor) -> Image.Image:
@@ -201,7 +244,8 @@ def draw_compression(seen: SeenImage, provenance: TokenProvenance, question: str
         question, answer: the title.
 
     Returns:
-        A picture: the image and a panel for every step, at most `ACROSS` views side by side, with title and legend.
+        A picture: the image, a panel for every expert and every step, at most `ACROSS` views side by side, with title
+        and legend.
 
     Raises:
         ValueError: the provenance is of another number of patches than the image has.
@@ -210,26 +254,39 @@ def draw_compression(seen: SeenImage, provenance: TokenProvenance, question: str
     if seen.num_patches != num_patches:
         raise ValueError(f"The image has {seen.num_patches} patches, the provenance is of {num_patches}.")
     shown = torch.cat([view.patches.flatten() for view in seen.views])
+    experts = [(name, score[shown.to(score.device)].float().cpu()) for name, score in provenance.scores]
     panels = _read_panels(provenance, shown)
-    length = PANEL if (1 + len(panels)) * len(seen.views) <= 2 else SMALL_PANEL
-    drawn = [_draw_panel(seen.views, reading, length) for reading in (None, *(reading for _, reading in panels))]
-    captions = [_count(len(shown), "patch", "patches"), *(caption for caption, _ in panels)]
+    drawn = _draw_panels(seen.views, [None, *(shows for _, shows in (*experts, *panels))])
+    captions = [_count(len(shown), "patch", "patches"), *(caption for caption, _ in (*experts, *panels))]
     if len(seen.views) > 1:
-        captions[0] = f"overview and tiles: {captions[0]}"
+        captions[0] = f"overview and {seen.parts}: {captions[0]}"
     legend = _legend(panels[-1][1], provenance.role_names)
+    if experts:
+        legend.append(("heat", INK, _HEAT_TEXT))
     return _compose(drawn, captions, max(1, ACROSS // len(seen.views)), question, answer, legend)
 
 
-def _draw_panel(views: tuple[View, ...], reading: _Reading | None, length: int) -> Image.Image:
-    """The views side by side, each at most `length` wide or high, with what the reading says; `None`: plain."""
+def _draw_panels(views: tuple[View, ...], contents: list[_Reading | torch.Tensor | None]) -> list[Image.Image]:
+    """Small ones if they are many, but slices no smaller than that their patches can be told apart."""
+    length = PANEL if len(contents) * len(views) <= 2 else SMALL_PANEL
+    length = max(length, *(_SLICED * max(view.patches.shape) for view in views if view.slices != (1, 1)), 0)
+    return [_draw_panel(views, shows, length) for shows in contents]
+
+
+def _draw_panel(views: tuple[View, ...], shows: _Reading | torch.Tensor | None, length: int) -> Image.Image:
+    """The views side by side, each at most `length` wide or high, with what a reading says, or with the heat of scores
+    (patches shown,); `None`: plain."""
     pictures, first = [], 0
     for view in views:
         rows, columns = view.patches.shape
         side = max(1, length // max(columns, rows))  # of a drawn patch
         picture = view.image.convert("RGB")
         picture = picture.resize((columns * side * _FINE, rows * side * _FINE), Image.Resampling.LANCZOS)
-        if reading is not None:
-            picture = _overlay(picture, reading, range(first, first + rows * columns), columns, side * _FINE)
+        if isinstance(shows, torch.Tensor):
+            picture = _heat_map(picture, shows[first : first + rows * columns].view(rows, columns), view)
+        elif shows is not None:
+            picture = _overlay(picture, shows, range(first, first + rows * columns), columns, side * _FINE)
+        _draw_borders(picture, view, side * _FINE)
         pictures.append(picture.resize((columns * side, rows * side), Image.Resampling.LANCZOS))
         first += rows * columns
     if len(pictures) == 1:
@@ -269,6 +326,34 @@ def _overlay(plain: Image.Image, reading: _Reading, patches: range, columns: int
             draw.rectangle(box(patch), outline="black", width=max(3, side // 9))
             draw.rectangle(box(patch, max(1, side // 36)), outline=colour, width=max(2, side // 12))
     return panel.convert("RGB")
+
+
+def _heat_map(plain: Image.Image, scores: torch.Tensor, view: View) -> Image.Image:
+    """One view in grey under the scores (rows, columns) of its patches; the highest of each slice is the hottest."""
+    (rows, columns), (height, width) = view.slices, view.slice_shape
+    of_slices = scores.view(rows, height, columns, width)
+    heat = (of_slices / of_slices.amax((1, 3), keepdim=True).clamp(min=1e-12)).view(scores.shape)
+    layer = _to_image(_heat_colours(heat)).resize(plain.size, Image.Resampling.NEAREST)
+    grey = ImageOps.autocontrast(ImageOps.grayscale(plain)).convert("RGB")
+    return Image.blend(grey, layer, _HEAT)
+
+
+def _heat_colours(heat: torch.Tensor) -> torch.Tensor:
+    """(…,) from 0 to 1 → (…, 3) from 0 to 1."""
+    stops = torch.tensor([ImageColor.getrgb(colour) for colour in HEAT]) / 255
+    place = heat[..., None] * (len(stops) - 1)
+    below = place.long().clamp(max=len(stops) - 2)
+    return torch.lerp(stops[below[..., 0]], stops[below[..., 0] + 1], place - below)
+
+
+def _draw_borders(picture: Image.Image, view: View, side: int) -> None:
+    """A thin line between slices; `side` is a patch's."""
+    draw, (height, width) = ImageDraw.Draw(picture), view.slice_shape
+    for size, colour in ((2 * _FINE, INK), (_FINE, PAPER)):  # seen on light and dark
+        for row in range(1, view.slices[0]):
+            draw.line((0, row * height * side, picture.width, row * height * side), fill=colour, width=size)
+        for column in range(1, view.slices[1]):
+            draw.line((column * width * side, 0, column * width * side, picture.height), fill=colour, width=size)
 
 
 def _tints(reading: _Reading) -> list[tuple[int, ...]]:
@@ -363,6 +448,9 @@ def _swatch(draw: ImageDraw.ImageDraw, kind: str, colour: str, left: int, top: i
         paler = tuple((part + 255) // 2 for part in ImageColor.getrgb(colour))
         draw.rectangle(box, fill=paler)
         draw.ellipse((left + 5, top + 5, left + 14, top + 14), fill=colour)
+    elif kind == "heat":
+        for x, shade in enumerate((255 * _heat_colours(torch.linspace(0, 1, 20))).int().tolist(), start=left):
+            draw.line((x, top, x, top + 19), fill=tuple(shade))
     elif kind == "none":
         draw.line((left + 4, top + 10, left + 15, top + 10), fill=colour, width=2)
     else:

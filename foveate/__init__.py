@@ -12,7 +12,7 @@ from .errors import FoveateError
 from .evaluation.ask import ask
 from .evaluation.harness import evaluate
 from .lab import lab_folder, load_lab
-from .modeling.compatibility import AutoModelForVision2Seq
+from .modeling.compatibility import AutoModelForVision2Seq, register_image_processor
 from .modeling.compressed_model import CompressedModelMixin
 from .registry import METHODS, Backbone, Method, backbones
 
@@ -22,6 +22,8 @@ __version__ = "0.1.0"
 for _backbone in backbones():
     AutoConfig.register(_backbone.model_type, _backbone.config_class)
     AutoProcessor.register(_backbone.config_class, _backbone.processor_class)
+    if _backbone.image_processor_class is not None:
+        register_image_processor(_backbone.config_class, _backbone.image_processor_class)
     AutoModel.register(_backbone.config_class, _backbone.model_class)
     AutoModelForImageTextToText.register(_backbone.config_class, _backbone.generation_class)
     if AutoModelForVision2Seq is not AutoModelForImageTextToText:
@@ -29,10 +31,12 @@ for _backbone in backbones():
     for _class in (
         _backbone.config_class,
         _backbone.processor_class,
+        _backbone.image_processor_class,
         _backbone.model_class,
         _backbone.generation_class,
     ):
-        globals()[_class.__name__] = _class
+        if _class is not None:
+            globals()[_class.__name__] = _class
 
 CompressedModelMixin.code_writer = staticmethod(write_bundle)
 

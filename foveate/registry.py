@@ -36,6 +36,13 @@ class Backbone:
         return self._load("processing", "processing", "Processor")
 
     @cached_property
+    def image_processor_class(self) -> type | None:
+        """`None` where images are prepared as the base does it."""
+        if "AutoImageProcessor" not in self.config_class.remote_code_map():  # type: ignore[attr-defined]
+            return None
+        return self._load("processing", "image_processing", "ImageProcessor")
+
+    @cached_property
     def model_class(self) -> type:
         return self._load("modeling", "modeling", "Model")
 
@@ -66,6 +73,8 @@ class Method:
 _METACOMPRESS = "https://arxiv.org/abs/2603.21701"
 
 _ETC = "ETC: Extreme Token Compression via Task-aware Visual Information Distillation in VLMs"
+
+_METEOR = "Top-Down Compression: Revisit Efficient Vision Token Projection for Visual Instruction Tuning"
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -125,6 +134,13 @@ METHODS: dict[str, Method] = {
                 Backbone("llava", "llava_etc", "LlavaETC", "LLaVA-1.5"),
                 Backbone("qwen3_vl", "qwen3_vl_etc", "Qwen3VLETC", "Qwen3-VL"),
             ),
+        ),
+        Method(
+            name="meteor",
+            title="LLaVA-Meteor",
+            paper=_METEOR,
+            needs_training=True,
+            backbones=(Backbone("llava", "llava_meteor", "LlavaMeteor", "LLaVA-1.5"),),
         ),
     )
 }

@@ -5,7 +5,7 @@ Supported are 4.57.6 and 5.16 up to the newest. Each piece says which versions i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoImageProcessor, Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
+from transformers.utils.import_utils import is_mamba_ssm_available
 
 
 try:  # ≥ 5.0: checkpoint keys are renamed by a table, which custom classes have to join
@@ -176,6 +177,17 @@ def checkpoints_activations(model: nn.Module) -> bool:
 def remove_from_cache(cache: Cache, count: int) -> None:
     """Removes the last `count` entries of every layer of a cache."""
     cache.crop(-count)  # a negative number means "remove" in 4.57 and ≥ 5.0 alike
+
+
+def fused_selective_scan() -> Callable[..., torch.Tensor] | None:
+    """The kernel of `mamba_ssm`, where it is installed, as Transformers' Mamba calls it; it takes x and Δ (batch,
+    channels, positions), A, and B and C (batch, states, positions). ≥ 5.0 gives it another name."""
+    if not is_mamba_ssm_available():
+        return None
+    from transformers.models.mamba import modeling_mamba
+
+    name = "mamba_selective_scan" if TRANSFORMERS_5 else "selective_scan_fn"
+    return getattr(modeling_mamba, name)
 
 
 def cache_positions(past: int, length: int, device: torch.device) -> dict[str, torch.Tensor]:

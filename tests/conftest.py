@@ -30,10 +30,15 @@ SETTINGS = {
     "metacompress": {"keep_ratio": 0.4, "key_width": 16},
     **{name: {"keep_ratio": 0.4} for name in ("random", "sample", "spatial")},
     "etc": {"num_visual_tokens": 3, "trained_tokens": 9},
+    "meteor": {"num_visual_tokens": 4, "max_slices": 3},
 }
 
-#: Methods whose visual tokens the language model makes: no budget is the stock model, no token a sum of patches.
-INSIDE_THE_LANGUAGE_MODEL = {"etc"}
+#: Methods for which no budget is the stock model on the same images, and no token a sum of the stock model's patches;
+#: why, and where else that is tested.
+UNLIKE_THE_STOCK_MODEL = {
+    "etc": "the language model makes the visual tokens: tests/modeling/test_etc.py",
+    "meteor": "images are cut into views: tests/modeling/test_meteor.py",
+}
 
 #: (method, backbone) pairs of the registry: every model class goes through the contract.
 CLASSES = [(method, backbone) for method in METHODS.values() for backbone in method.backbones]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..conftest import INSIDE_THE_LANGUAGE_MODEL, reads_question
+from ..conftest import UNLIKE_THE_STOCK_MODEL, reads_question
 from .conftest import ROWS, Row, images_in, picture, prompt_for
 
 
@@ -23,7 +23,12 @@ def logits_of(model, inputs, **kwargs):
 
 def has_ratio(config) -> bool:
     """Whether a share of an image's tokens says how many are left."""
-    return config.num_patches is not None or hasattr(config.compression, "keep_ratio")
+    return has_tiles_of(config) is not None or hasattr(config.compression, "keep_ratio")
+
+
+def has_tiles_of(config) -> int | None:
+    """Patches of each picture that the vision tower sees of an image, at least about; `None`: an image has its own."""
+    return config.num_patches or getattr(config, "square_view", None)
 
 
 def at_text(inputs, model):
@@ -84,12 +89,12 @@ def test_no_method_asks_for_attention_matrices(model, inputs_of, monkeypatch):
 
 
 @pytest.fixture
-def outside_the_language_model(method_and_backbone):
-    if method_and_backbone[0].name in INSIDE_THE_LANGUAGE_MODEL:
-        pytest.skip("the language model makes the visual tokens")
+def like_the_stock_model(method_and_backbone):
+    if reason := UNLIKE_THE_STOCK_MODEL.get(method_and_backbone[0].name):
+        pytest.skip(reason)
 
 
-@pytest.mark.usefixtures("outside_the_language_model")
+@pytest.mark.usefixtures("like_the_stock_model")
 def test_at_a_budget_of_all_tokens_the_logits_are_the_stock_models(base_folder, model, processor, inputs_of):
     stock = AutoModelForImageTextToText.from_pretrained(base_folder, dtype=torch.float32).eval()
     compressed = logits_of(model, inputs_of(*ROWS))
@@ -120,7 +125,7 @@ def test_the_budget_can_be_changed_on_model_and_processor_by_one_call(model, pro
     with torch.no_grad():
         output = model(**inputs, output_compression=True)
     for image in output.compression:
-        num_tiles = image.weights.shape[1] // (model.config.num_patches or image.weights.shape[1])
+        num_tiles = image.weights.shape[1] // (has_tiles_of(model.config) or image.weights.shape[1])
         num_tokens = len(image.weights)  # with newline tokens, where images are cut into tiles
         if model.config.num_patches is None:  # an image may have fewer
             budget = model.config.compression.count_tokens(image.weights.shape[1])
@@ -174,7 +179,7 @@ def test_a_bad_setting_is_refused_and_changes_nothing(model, change, message):
     assert model.config.compression.to_dict() == before
 
 
-@pytest.mark.usefixtures("outside_the_language_model")
+@pytest.mark.usefixtures("like_the_stock_model")
 def test_provenance_says_what_the_tokens_are_made_of(checkpoint, inputs_of):
     """The weights over the patches give back the very tokens, in a vision tower whose layers change nothing: there a
     token is just a sum of patches, wherever in the tower a method compresses."""
@@ -267,6 +272,8 @@ def test_trainable_parameters_get_a_gradient_and_frozen_ones_none(checkpoint, in
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
+        if "compressor" in name and not parameter.any():  # zero, so that untrained it changes nothing: no way through
+            torch.nn.init.normal_(parameter, std=0.02)
     inputs = inputs_of(*ROWS)
     model(**inputs, labels=inputs["input_ids"].masked_fill(~at_text(inputs, model), -100)).loss.backward()
     trained = ["multi_modal_projector", "language_model", "compressor"]

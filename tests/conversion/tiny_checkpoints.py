@@ -42,7 +42,7 @@ QWEN_SPECIAL = (
     "<|video_pad|>",
 )
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-WORDS = ["USER", "ASSISTANT", ":", "what", "colour", "is", "it", "red"]
+WORDS = ["USER", "ASSISTANT", ":", "what", "colour", "is", "it", "red", ",", "\n"]
 VISION = {
     "hidden_size": 64,
     "intermediate_size": 128,

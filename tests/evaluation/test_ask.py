@@ -101,6 +101,48 @@ class TestWhereTheNumberOfTokensIsKnown:
         assert legends[1][0].startswith(ROLE_NAMES[1])
 
 
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory):
+    """What LLaVA-Meteor makes of a base: 4 of the patches of every view are kept."""
+    folder = tmp_path_factory.mktemp("meteor")
+    settings = {"num_visual_tokens": 4, "max_slices": 3}
+    return convert(write_llava(folder / "base"), folder / "out", "meteor", settings=settings)
+
+
+@pytest.mark.parametrize(("size", "slices"), [((42, 42), 0), ((42, 84), 2), ((126, 42), 3)])  # width, height
+class TestSlices:
+    def test_are_counted_beside_all_their_patches(self, sliced, size, slices):
+        image, separators = Image.new("RGB", size, "red"), max(0, slices - 1)
+        found = ask(sliced, image, QUESTION, max_new_tokens=1)
+        assert found.visual_tokens_after == 4 * (1 + slices) + separators
+        checkpoint = open_checkpoint(sliced)
+        checkpoint.model.set_compression(checkpoint.processor, num_visual_tokens=checkpoint.model.config.largest_view)
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        inputs = checkpoint.encode([[{"role": "user", "content": content}]], [image])
+        assert found.visual_tokens_before == (inputs["input_ids"] == checkpoint.model.config.image_token_id).sum()
+        a_token = found.kv_bytes // (found.visual_tokens_after + 9)
+        assert found.kv_bytes_uncompressed == a_token * (found.visual_tokens_before + 9)
+
+    def test_are_shown_with_what_the_experts_say(self, sliced, size, slices, tmp_path, monkeypatch):
+        composed, compose = [], drawing._compose
+        monkeypatch.setattr(drawing, "_compose", lambda *a: composed.append(a) or compose(*a))
+        found = ask(sliced, Image.new("RGB", size, "red"), QUESTION, max_new_tokens=1, show=tmp_path / "a.png")
+        [(panels, captions, *_, legend)] = composed
+        assert captions[1:] == ["visual expert", "native expert", f"{found.visual_tokens_after} visual tokens"]
+        assert captions[0].startswith("overview and slices") == (slices > 0)
+        assert len(panels) == 4
+        texts = [text for *_, text in legend if text.split()[-1] in ("token", "tokens")]
+        assert sum(int(text.split()[-2]) for text in texts) == found.visual_tokens_after
+
+
+def test_the_harness_counts_slices_as_ask_does(sliced):
+    result = evaluate(sliced, task="lab-next-vqa", limit=1, progress=False)
+    scene = draw_large_scene(sample_scene("test", 0))
+    found = ask(sliced, scene, QUESTION, max_new_tokens=1)
+    assert result["base_visual_tokens"] == found.visual_tokens_before
+    assert result["mean_visual_tokens"] == found.visual_tokens_after
+
+
 @pytest.mark.parametrize("exact", ["llava_next"], indirect=True)
 def test_the_harness_counts_as_ask_does(exact):
     scene = draw_scene(sample_scene("test", 0))

@@ -28,12 +28,14 @@ from foveate.evaluation.flops import (
     account_of,
     count_tiles,
     count_visual_tokens,
+    count_without_compression,
     encoder_ratio,
     flops,
     is_qwen,
     prefill_flops,
 )
 from foveate.evaluation.shapes import SHAPES, config_of_shape
+from foveate.modeling import selective_scan
 from foveate.registry import Backbone
 
 from ..contract.conftest import prompt_for
@@ -67,6 +69,14 @@ SETTINGS = {
         {"num_visual_tokens": 3, "guidance": "cls", "recycle": False, "layers": [0]},
         {"num_visual_tokens": 9},
     ],
+    "meteor": [
+        {"num_visual_tokens": 4},
+        {"num_visual_tokens": 4, "scan": "single"},
+        {"num_visual_tokens": 4, "visual_share": 1},
+        {"num_visual_tokens": 4, "visual_share": 0},
+        {"num_visual_tokens": 9, "max_slices": 6},
+        {"num_visual_tokens": 12, "max_slices": 6},
+    ],
     **dict.fromkeys(("metacompress", "random", "sample", "spatial"), BUDGETS),
 }
 
@@ -76,6 +86,12 @@ def counting():
     """PyTorch's counter; older versions don't know the CPU's fused attention kernel, so attention is two products."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         yield counter
+
+
+@pytest.fixture(autouse=True)
+def scans_in_one_piece(monkeypatch):
+    """How a scan is cut for speed, and with how much padding, is the device's."""
+    monkeypatch.setattr(selective_scan, "choose_num_chunks", lambda *_: 1)
 
 
 def measure(model, processor, size=(60, 42)) -> tuple[FlopCounterMode, int, int]:
@@ -96,8 +112,10 @@ def image_first(inputs, image_token_id: int):
 
 
 def sizes_of(config) -> list[tuple[int, int]]:
-    """Pictures in pixels; Qwen's as they are after resizing."""
-    return [(84, 56), (56, 56)] if is_qwen(config) else [(60, 42), (100, 20)]
+    """Pictures in pixels; Qwen's as they are after resizing, one without slices where images are cut into such."""
+    if is_qwen(config):
+        return [(84, 56), (56, 56)]
+    return [(60, 42), (100, 20), *([(40, 30), (126, 80)] if hasattr(config, "largest_view") else [])]
 
 
 def of_vision(counter: FlopCounterMode, config) -> tuple[int, int]:
@@ -141,6 +159,7 @@ class TestEqualsWhatPyTorchCounts:
     def test_of_every_method_and_backbone(self, method_and_backbone, checkpoint):
         method, _ = method_and_backbone
         model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        model.requires_grad_(False)  # views of parameters break the counter's hooks, even without gradients
         processor = AutoProcessor.from_pretrained(checkpoint)
         original = dataclasses.asdict(model.config.compression)
         changes = SETTINGS.get(method.name, [{"num_visual_tokens": 4}])
@@ -260,6 +279,15 @@ class TestShapes:
         text = config_of_shape(shape).text_config
         assert found["kv_bytes"] == (tokens + 60) * text.num_hidden_layers * 4 * text.num_key_value_heads * 128
         assert found["share"] == {"total": 1, "kv_bytes": 1}
+
+    @pytest.mark.parametrize(
+        ("size", "tokens", "of_all_patches"), [((336, 336), 144, 576), ((672, 1008), 7 * 144 + 5, 580 + 6 * 576 + 5)]
+    )
+    def test_slices_stand_beside_the_one_square_of_the_stock_model(self, size, tokens, of_all_patches):
+        found = flops(shape="llava-1.5-7b", method="meteor", image_size=size)
+        assert (found.model.visual_tokens, found.base.visual_tokens) == (tokens, 576)
+        assert found.base == flops(shape="llava-1.5-7b", image_size=size).model
+        assert count_without_compression(config_of_shape("llava-1.5-7b", "meteor"), size) == of_all_patches
 
     def test_a_budget_that_the_image_chooses_is_an_upper_bound(self):
         bound = flops(shape="llava-1.5-7b", method="recoverable").model

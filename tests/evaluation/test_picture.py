@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from foveate.evaluation import picture as drawing
-from foveate.evaluation.picture import SeenImage, View, draw_compression, seen_image
+from foveate.evaluation.picture import SeenImage, View, draw_compression, seen_image, seen_slices
 from foveate.lab.scenes import draw_scene, sample_scene
 from foveate.modeling.compressed_model import TokenProvenance
+from foveate.processing.image_processing_llava_meteor import LlavaMeteorImageProcessor
 from foveate.processing.image_tiles import TileGrid, tile_grid
 
 
@@ -243,6 +244,81 @@ class TestTiles:
             assert all(0 not in patches for patches in reading.kept.values())
             assert drawing._legend(reading, ROLE_NAMES)[-1][-1] == "merged, of no patch: 3 tokens"
             draw(found)
+
+
+class TestSlices:
+    @pytest.fixture
+    def processor(self) -> LlavaMeteorImageProcessor:
+        return LlavaMeteorImageProcessor(view_size=28, patch_size=SIDE, max_slices=6)
+
+    @pytest.mark.parametrize(("size", "slices"), [((28, 28), None), ((84, 56), (2, 3)), ((30, 70), (2, 1))])
+    def test_are_put_together_with_their_patches_and_without_padding(self, processor, size, slices):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+        batch = processor([image, Image.new("RGB", (50, 90))], return_tensors="pt")  # views and patches of padding
+        pixels, grid = batch["pixel_values"], processor.grid_of(size[::-1])
+        seen = seen_slices(pixels[:1], processor, grid)
+        assert [view.slices for view in seen.views] == [(1, 1), *([slices] if slices else [])]
+        patches = torch.cat([pixels[0, view, : rows * columns] for view, (rows, columns) in enumerate(grid.shapes)])
+        assert seen.num_patches == len(patches)
+        for view in seen.views:
+            assert view.image.size == (SIDE * view.patches.shape[1], SIDE * view.patches.shape[0])
+            resized = image.resize(view.image.size, Image.Resampling.BICUBIC)
+            np.testing.assert_allclose(np.array(view.image, int), np.array(resized, int), atol=1)
+            cut = processor._cut(resized, 1, 1, view.patches.shape)[0]
+            torch.testing.assert_close(patches[view.patches.flatten()], torch.tensor(cut))
+        assert sorted(torch.cat([view.patches.flatten() for view in seen.views]).tolist()) == [*range(len(patches))]
+
+    @staticmethod
+    def sliced() -> SeenImage:
+        """An overview of 2 × 2 patches, and two slices of 2 × 2 side by side."""
+        overview, slices = (grey(columns, 2).views[0].image for columns in (2, 4))
+        numbers = torch.tensor([[4, 5, 8, 9], [6, 7, 10, 11]])
+        return SeenImage((View(overview, torch.tensor([[0, 1], [2, 3]])), View(slices, numbers, (1, 2))), 12, "slices")
+
+    def test_every_expert_has_a_panel_before_the_tokens(self, monkeypatch):
+        drawn, compose = [], drawing._compose
+        monkeypatch.setattr(drawing, "_compose", lambda *a: drawn.append(a) or compose(*a))
+        found = provenance(kept=[0, 9], patches=12)
+        draw_compression(self.sliced(), found, "what", "red")
+        found.scores = (("one", torch.rand(12)), ("another", torch.rand(12)))
+        draw_compression(self.sliced(), found, "what", "red")
+        (plain, captions, *_, legend), (panels, with_experts, *_, longer) = drawn
+        assert captions == ["overview and slices: 12 patches", "2 visual tokens"]
+        assert with_experts == [captions[0], "one", "another", captions[1]]
+        assert [plain[0].tobytes(), plain[1].tobytes()] == [panels[0].tobytes(), panels[3].tobytes()]
+        assert longer[:-1] == legend and longer[-1][-1].startswith("an expert's score")
+
+    def test_the_highest_score_of_a_view_is_the_hottest(self):
+        *_, whole = self.sliced().views
+        scores = torch.tensor([[0.1, 0.0, 0.4, 0.0], [0.05, 0.0, 0.0, 0.0]])
+        heat = drawing._heat_map(whole.image, scores, whole)
+        dark, *_, light = (ImageColor.getrgb(colour) for colour in drawing.HEAT)
+        of_patches = np.array(heat)[SIDE // 2 :: SIDE, SIDE // 2 :: SIDE].astype(float)
+        shades = (of_patches - (1 - drawing._HEAT) * GREY) / drawing._HEAT  # what was laid over the grey
+        for place in ((0, 0), (0, 2)):
+            assert shades[place] == pytest.approx(light, abs=2)
+        for place in ((0, 1), (0, 3), (1, 3)):
+            assert shades[place] == pytest.approx(dark, abs=2)
+        assert dark[0] + 20 < shades[1, 0, 0] < light[0]
+
+    def test_an_expert_that_gives_a_view_nothing(self):
+        found = provenance(kept=[0], patches=12)
+        found.scores = (("one", torch.zeros(12)),)
+        draw_compression(self.sliced(), found, "what", "red")
+
+    def test_a_line_is_between_slices_alone(self):
+        [panel] = drawing._draw_panels(self.sliced().views, [None])
+        row = np.array(panel)[panel.height // 8, :, 0].astype(int)
+        overview, whole = row[: drawing.PANEL], row[drawing.PANEL + drawing._GAP :]
+        assert (overview == GREY).all()
+        line = (abs(whole - GREY) > 20).nonzero()[0]
+        assert len(line) and (abs(line - len(whole) / 2) < 4).all()
+
+    def test_patches_of_slices_are_large_enough_to_be_told_apart(self):
+        [view] = grey(columns=2, rows=100).views
+        for slices, side in (((1, 1), drawing.SMALL_PANEL // 100), ((2, 1), drawing._SLICED)):
+            *_, panel = drawing._draw_panels((View(view.image, view.patches, slices),), [None] * 4)
+            assert panel.size == (2 * side, 100 * side)
 
 
 def test_the_image_is_as_the_tower_saw_it():
