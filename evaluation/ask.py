@@ -38,7 +38,8 @@ class Answer:
         time_to_first_token: seconds from model inputs to the first token, vision tower and text encoder included.
         kv_bytes: size of the KV cache after the prompt.
         kv_bytes_uncompressed: what an uncompressed model's cache holds by account, from the config and the tokens.
-        base_answer, base_time_to_first_token, base_kv_bytes: of the base that was compared with, else `None`.
+        base_answer, base_visual_tokens, base_time_to_first_token, base_kv_bytes: of the base that was compared with,
+            else `None`.
         picture: the file that shows what became of each patch, else `None`.
     """
 
@@ -50,6 +51,7 @@ class Answer:
     kv_bytes: int
     kv_bytes_uncompressed: int
     base_answer: str | None = None
+    base_visual_tokens: int | None = None
     base_time_to_first_token: float | None = None
     base_kv_bytes: int | None = None
     picture: str | None = None
@@ -115,6 +117,7 @@ def ask(
             asked.model.config.text_config, asked.num_text_tokens + before, asked.model.dtype
         ),
         base_answer=base.answer(max_new_tokens) if base else None,
+        base_visual_tokens=base.visual_tokens if base else None,
         base_time_to_first_token=times[1] if base else None,
         base_kv_bytes=base.kv_bytes if base else None,
         picture=str(show) if show is not None else None,

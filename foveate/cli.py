@@ -419,7 +419,8 @@ def _answer_table(answer: Answer) -> Table:
     measured = answer.base_kv_bytes is not None
     table = _table("", "this model", "base" if measured else "uncompressed, by account")
     table.add_row("answer", f"[bold]{_plain(answer.answer)}[/]", _plain(answer.base_answer or "") if measured else "")
-    table.add_row("visual tokens", str(answer.visual_tokens_after), str(answer.visual_tokens_before))
+    base_tokens = answer.base_visual_tokens if measured else answer.visual_tokens_before
+    table.add_row("visual tokens", str(answer.visual_tokens_after), str(base_tokens))
     base_time = _milliseconds(answer.base_time_to_first_token) if answer.base_time_to_first_token is not None else ""
     table.add_row("time to first token", _milliseconds(answer.time_to_first_token), base_time)
     base_bytes = answer.base_kv_bytes if answer.base_kv_bytes is not None else answer.kv_bytes_uncompressed

@@ -43,6 +43,7 @@ class TestAnAnswer:
         assert found.kv_bytes == found.base_kv_bytes - a_token * (9 - found.visual_tokens_after)
         assert found.time_to_first_token > 0 and found.base_time_to_first_token > 0
         assert isinstance(found.base_answer, str)
+        assert found.base_visual_tokens == 9
 
     def test_needs_no_base(self, checkpoints, picture):
         found = ask(checkpoints / "compressed", picture, QUESTION, max_new_tokens=2)
