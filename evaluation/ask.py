@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import FoveateError
-from ..lab.large_scenes import draw_large_scene
+from ..lab.large_scenes import draw_large_scene, draw_sliced_scene
 from ..lab.scenes import draw_scene, sample_scene
 from ..modeling.compatibility import iterate_cache_tensors
 from ..modeling.compressed_model import TokenProvenance
@@ -24,7 +24,7 @@ from .harness import Checkpoint, open_checkpoint, require_writable, visual_token
 from .picture import SeenImage, draw_compression, pixels_of_patches, seen_image, seen_slices
 
 
-LAB_PICTURES = {"lab": draw_scene, "lab-next": draw_large_scene}
+LAB_PICTURES = {"lab": draw_scene, "lab-next": draw_large_scene, "lab-sliced": draw_sliced_scene}
 _NUM_TIMINGS = 3
 
 
@@ -75,7 +75,7 @@ def ask(
 
     Args:
         checkpoint: a folder, a hub id, or `lab:NAME`; compressed, or a base.
-        image: a path, a picture, or `lab:NUMBER` or `lab-next:NUMBER` for a test scene of the lab.
+        image: a path, a picture, or `lab:NUMBER`, `lab-next:NUMBER` or `lab-sliced:NUMBER` for a test scene of the lab.
         question: what to ask; it also guides the compression where the method is guided.
         compare: a checkpoint of the uncompressed model that is asked and timed as well, in the same dtype.
         show: where to save a picture of what became of each patch.
@@ -224,7 +224,8 @@ def _times_to_first_token(asked: Iterable[_Asked]) -> list[float]:
 
 
 def open_image(image: str | Path | Image.Image) -> Image.Image:
-    """A picture the right way up, from a path, `lab:NUMBER`, `lab-next:NUMBER` (a larger scene) or a picture.
+    """A picture the right way up, from a path, `lab:NUMBER`, a larger scene (`lab-next:NUMBER`, `lab-sliced:NUMBER`) or
+    a picture.
 
     Raises:
         FoveateError: there is no such file, or it is not an image, or a damaged one.

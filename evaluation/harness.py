@@ -32,7 +32,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..conversion.checkpoints import fetch_weights, find_checkpoint, read_shards
 from ..errors import FoveateError, first_sentence
-from ..lab.large_scenes import draw_large_scene
+from ..lab.large_scenes import draw_large_scene, draw_sliced_scene
 from ..lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sample_scene
 from ..modeling.compressed_model import CompressedModelMixin
 from ..modeling.logical_cache import LogicalCache
@@ -95,6 +95,7 @@ lab_dialogues = partial(_lab_examples, num_turns=3, draw=draw_scene)
 lab_blind_questions = partial(_lab_examples, num_turns=1, draw=lambda scene: None)
 lab_next_questions = partial(_lab_examples, num_turns=1, draw=draw_large_scene)
 lab_next_dialogues = partial(_lab_examples, num_turns=3, draw=draw_large_scene)
+lab_sliced_questions = partial(_lab_examples, num_turns=1, draw=draw_sliced_scene)
 
 TASKS: dict[str, Task] = {
     "lab-vqa": Task("single questions about the lab's test scenes", lab_questions, 1200),
@@ -102,6 +103,7 @@ TASKS: dict[str, Task] = {
     "lab-vqa-blind": Task("the same single questions without the image", lab_blind_questions, 1200),
     "lab-next-vqa": Task("single questions about larger scenes, in tiles", lab_next_questions, 1200),
     "lab-next-dialogue": Task("dialogues of three turns about larger scenes, in tiles", lab_next_dialogues, 1000),
+    "lab-sliced-vqa": Task("single questions about larger scenes, in slices", lab_sliced_questions, 1200),
     "mt-vqa-v2": Task(
         "dialogues of three turns made of VQA-v2", mt_vqa_v2, 25_000, "vqa_accuracy", 16, reads=VQA_QUESTIONS
     ),

@@ -159,7 +159,9 @@ def convert(
 @app.command()
 def ask(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, hub id, or lab:tiny-llava.")],
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Path, or lab:NUMBER or lab-next:NUMBER: a scene.")],
+    image: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="Path, or lab:, lab-next: or lab-sliced:NUMBER: a scene.")
+    ],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
     compare: Annotated[
         str | None, typer.Option(metavar="BASE", help="Ask and time the uncompressed model as well.")
@@ -190,7 +192,9 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, hub id, or lab:tiny-llava.")],
     task: Annotated[
         str,
-        typer.Option(help="lab-vqa, lab-dialogue (three turns), lab-next-…; with --data mt-vqa-v2 or mt-gqa."),
+        typer.Option(
+            help="lab-vqa, lab-dialogue (three turns), lab-next-…, lab-sliced-vqa; with --data mt-vqa-v2 or mt-gqa."
+        ),
     ] = "lab-vqa",
     limit: Annotated[int | None, typer.Option(help="Questions or dialogues to ask; the task's own number.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses other scenes and questions, or dialogues of a dataset.")] = 0,

@@ -1,11 +1,11 @@
-"""Scenes that are larger than one tile: the lab's world for models that read an image in tiles.
+"""Scenes that are larger than one tile: the lab's worlds for models that read an image in tiles, or in slices.
 
-A canvas is 2 × 2, 2 × 1, 1 × 2, 3 × 1 or 1 × 3 tiles of 168 pixels. Each of the nine places is a block of cells of
-56 pixels, and its object lies in one of them at its usual size: no tile boundary cuts it, and it is small in the
-overview. The background's tint changes from left to right and from top to bottom, so that a patch shows by itself
-roughly which part of the picture it is from, as in most photographs. (Without, a patch's column follows from nothing
-but its distance to the last newline, which so small a language model hardly learns to measure.) The finished picture
-has many sizes. All choices come from the scene's own streams.
+A canvas is 2 × 2, 2 × 1, 1 × 2, 3 × 1 or 1 × 3 tiles of 168 pixels; for slices from 1 × 1 to 2 × 3 or 3 × 2. Each of
+the nine places is a block of cells of 56 pixels, and its object lies in one of them at its usual size: no tile boundary
+cuts it, and it is small in the overview. The background's tint changes from left to right and from top to bottom, so
+that a patch shows by itself roughly which part of the picture it is from, as in most photographs. (Without, a patch's
+column follows from nothing but its distance to the last newline, which so small a language model hardly learns to
+measure.) The finished picture has many sizes. All choices come from the scene's own streams.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ from .scenes import CELL_SIZE, GRID, IMAGE_SIZE, PLACES, Brush, Scene, backgroun
 SHAPES_IN_TILES = ((2, 2), (2, 1), (1, 2), (3, 1), (1, 3))
 """(Rows, columns) of the canvases, in tiles."""
 
+SHAPES_IN_SLICES = ((1, 1), (2, 1), (1, 2), (2, 2), (2, 3), (3, 2))
+"""The same, of the world for LLaVA-Meteor, which cuts an image into at most six."""
+
 PINPOINTS = [[168, 336], [336, 168], [336, 336], [504, 168], [168, 504]]
 """(Height, width) of the canvases in pixels, as LLaVA-NeXT's `image_grid_pinpoints`."""
+
+Shapes = Sequence[tuple[int, int]]
 
 _TINT = 14  # as strong as the random tints that the vision tower knows
 _CANVAS_STREAM = 2**31  # far from those of questions and trainings
@@ -41,10 +46,10 @@ class Canvas:
     size: tuple[int, int]
 
 
-def canvas_of(scene: Scene) -> Canvas:
+def canvas_of(scene: Scene, shapes: Shapes = SHAPES_IN_TILES) -> Canvas:
     """The canvas of a scene, always the same."""
     random = scene.random(_CANVAS_STREAM)
-    rows, columns = SHAPES_IN_TILES[int(random.integers(len(SHAPES_IN_TILES)))]
+    rows, columns = shapes[int(random.integers(len(shapes)))]
     cells = []
     for item in scene.objects:
         row, column = divmod(PLACES.index(item.place), GRID)
@@ -59,26 +64,31 @@ def canvas_of(scene: Scene) -> Canvas:
     return Canvas(rows, columns, tuple(cells), (size[0], size[1]))
 
 
-def draw_large_scene(scene: Scene, augment: bool = False) -> Image.Image:
+def draw_large_scene(scene: Scene, augment: bool = False, shapes: Shapes = SHAPES_IN_TILES) -> Image.Image:
     """The picture of a scene on its canvas; `augment` as in `draw_scenes`."""
-    canvas = canvas_of(scene)
-    picture, brushes = _begin(scene, augment)
+    canvas = canvas_of(scene, shapes)
+    picture, brushes = _begin(scene, canvas, augment)
     _put(picture, canvas.cells, scene, brushes, augment)
     drawn = Image.fromarray(picture.clamp(0, 255).byte().permute(1, 2, 0).numpy())
     return drawn.resize(canvas.size, Image.Resampling.BICUBIC)
 
 
+def draw_sliced_scene(scene: Scene, augment: bool = False) -> Image.Image:
+    """The same in the world of slices."""
+    return draw_large_scene(scene, augment, SHAPES_IN_SLICES)
+
+
 def draw_in_one_tile(scene: Scene, augment: bool = False) -> torch.Tensor:
     """The same objects, drawn as on the canvas, but in the nine cells of one tile, uint8 (3, 168, 168)."""
-    _, brushes = _begin(scene, augment)
+    _, brushes = _begin(scene, canvas_of(scene), augment)
     picture = background(scene.random(1))
     _put(picture, [divmod(PLACES.index(item.place), GRID) for item in scene.objects], scene, brushes, augment)
     return picture.clamp(0, 255).byte()
 
 
-def _begin(scene: Scene, augment: bool) -> tuple[torch.Tensor, list[Brush]]:
+def _begin(scene: Scene, canvas: Canvas, augment: bool) -> tuple[torch.Tensor, list[Brush]]:
     """The empty canvas and what its objects are drawn with."""
-    canvas, random = canvas_of(scene), scene.random(1)
+    random = scene.random(1)
     picture = background(random, canvas.rows, canvas.columns, _tint(canvas))
     return picture, [draw_brush(random, item, augment) for item in scene.objects]
 

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import FoveateError
 from ..lab.language import TYPE_SHARES
-from ..lab.large_scenes import draw_large_scene
+from ..lab.large_scenes import draw_large_scene, draw_sliced_scene
 from ..lab.scenes import QUESTION_TYPES, Scene, ask_questions, describe, draw_scenes, sample_scene
 from .recipe import StageRecipe
 
@@ -45,8 +45,12 @@ def _large_pictures(scene: Scene) -> Image.Image:
     return draw_large_scene(scene, augment=True)
 
 
+def _sliced_pictures(scene: Scene) -> Image.Image:
+    return draw_sliced_scene(scene, augment=True)
+
+
 #: How the lab's scenes are drawn, by what `data` in a recipe calls them.
-LAB_PICTURES = {"lab": _small_pictures, "lab-next": _large_pictures}
+LAB_PICTURES = {"lab": _small_pictures, "lab-next": _large_pictures, "lab-sliced": _sliced_pictures}
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ class StageRecipe:
         lora: adapters that train as well.
         distillation: learn from the uncompressed model's answers in place of those in the data.
         auxiliary: learn something beside the answers.
-        data: `lab`, `lab:NUMBER` (of scenes), `lab-next` (larger scenes) or a JSON file in LLaVA's format.
+        data: `lab`, `lab:NUMBER` (of scenes), `lab-next` and `lab-sliced` (larger scenes, for tiles and for slices) or
+            a JSON file in LLaVA's format.
         images: the folder that the file's image paths begin in; the file's own, if `None`.
         lab_examples: what is learned about the lab's scenes.
         lab_turns: questions of a dialogue about one of them.

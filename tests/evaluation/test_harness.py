@@ -77,6 +77,7 @@ class TestTheQuestions:
             "lab-vqa-blind": 1200,
             "lab-next-vqa": 1200,
             "lab-next-dialogue": 1000,
+            "lab-sliced-vqa": 1200,
             "mt-vqa-v2": 25_000,
             "mt-gqa": None,
         }

@@ -7,12 +7,20 @@ import pytest
 import torch
 from transformers.image_processing_utils import select_best_resolution
 
-from foveate.lab.large_scenes import PINPOINTS, SHAPES_IN_TILES, canvas_of, draw_large_scene
+from foveate.lab.large_scenes import (
+    PINPOINTS,
+    SHAPES_IN_SLICES,
+    SHAPES_IN_TILES,
+    canvas_of,
+    draw_large_scene,
+    draw_sliced_scene,
+)
 from foveate.lab.scenes import (
     CELL_SIZE,
     COLOURS,
     DIGITS,
     IMAGE_SIZE,
+    PATCH_SIZE,
     PLACES,
     QUESTION_TYPES,
     SPLITS,
@@ -22,6 +30,7 @@ from foveate.lab.scenes import (
     draw_scenes,
     sample_scene,
 )
+from foveate.processing.image_slices import slice_grid
 
 
 def test_no_handwritten_digit_is_in_two_splits():
@@ -108,6 +117,20 @@ def test_a_large_scene_is_always_the_same_and_comes_in_many_sizes():
     assert all(picture == draw_large_scene(scene) for picture, scene in zip(pictures, scenes))
     assert pictures[0] != draw_large_scene(scenes[0], augment=True)
     assert draw_large_scene(scenes[0], augment=True).size == pictures[0].size
+
+
+def test_a_scene_for_slices_is_read_in_up_to_six_of_them():
+    """At about their own resolution: a canvas of several tiles is cut where its tiles meet, but for small ones."""
+    found = {}
+    for index in range(150):
+        scene = sample_scene("train", index)
+        canvas, picture = canvas_of(scene, SHAPES_IN_SLICES), draw_sliced_scene(scene)
+        assert picture.size == canvas.size
+        grid = slice_grid(canvas.size[::-1], IMAGE_SIZE, PATCH_SIZE, 6)
+        found.setdefault((canvas.rows, canvas.columns), set()).add((grid.rows, grid.columns))
+    assert set(found) == set(SHAPES_IN_SLICES)
+    assert {(2, 3), (3, 2)} <= set().union(*found.values())
+    assert (2, 2) in found[2, 2]
 
 
 def test_a_large_scene_is_read_in_the_tiles_that_it_was_drawn_in():
