@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,8 @@ def require_free(out: Path) -> None:
 def atomic_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     """Gives a new folder beside `out` that is renamed to `out` at the end.
 
-    If the block ends with any exception, an interrupt among them, the folder is removed and nothing is left behind.
+    If the block ends with any exception, an interrupt among them, the folder is removed and nothing is left behind; and
+    so it is if the process is killed.
 
     Args:
         out: absolute path of the folder to be; folders above it are made.
@@ -47,9 +49,10 @@ def atomic_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
-        yield partial
-        _sync(partial)
-        os.rename(partial, out)
+        with _removed_if_killed(partial):
+            yield partial
+            _sync(partial)
+            os.rename(partial, out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         for folder in missing:
@@ -60,6 +63,23 @@ def atomic_folder(out: Path, num_bytes: int) -> Iterator[Path]:
             file = f" ({error.filename})" if error.filename else ""
             raise FoveateError(f"{out} can't be written: {error.strerror or error}{file}.") from error
         raise
+
+
+@contextmanager
+def _removed_if_killed(folder: Path) -> Iterator[None]:
+    """A process that waits for the end of this one, whatever it dies of, and removes the folder if it is there."""
+    shell = shutil.which("sh")
+    if shell is None:
+        yield
+        return
+    command = [shell, "-c", 'cat > /dev/null; rm -rf -- "$1"', "sh", str(folder)]
+    # In a session of its own: an interrupt from the keyboard goes to all processes of this one.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
+        try:
+            yield
+        finally:
+            if watcher.stdin is not None:
+                watcher.stdin.close()
 
 
 def _sync(folder: Path) -> None:

@@ -67,12 +67,27 @@ def write_bundle(entries: type | Iterable[str], folder: str | Path) -> list[Path
     """Writes the flat code of a compressed model, or of some modules, and of all that they import within the package.
 
     Args:
-        entries: the model's or its config's class, for all that its checkpoint needs; or names of modules that
-            Transformers will be pointed at.
+        entries: as in [`bundle_files`].
         folder: an existing folder; files of the same names are replaced.
 
     Returns:
         The files written, sorted.
+
+    Raises:
+        FoveateError: as [`bundle_files`] does; nothing is written then.
+    """
+    files = bundle_files(entries)
+    for name, code in files.items():
+        (Path(folder) / name).write_bytes(code)
+    return [Path(folder) / name for name in files]
+
+
+def bundle_files(entries: type | Iterable[str]) -> dict[str, bytes]:
+    """The files of a bundle, by name, sorted.
+
+    Args:
+        entries: the model's or its config's class, for all that its checkpoint needs; or names of modules that
+            Transformers will be pointed at.
 
     Raises:
         FoveateError: an import that a bundle can't have (of another room, of the package by name, of a whole room, in
@@ -83,12 +98,11 @@ def write_bundle(entries: type | Iterable[str], folder: str | Path) -> list[Path
     entry_names = set(entries)
     modules = _collect(entry_names)
     _require_unique_names(modules)
-    files = []
-    for name, module in sorted(modules.items()):
-        code = module.code + (_name_indirect_imports(module, modules) if name in entry_names else b"")
-        files.append(Path(folder) / f"{module.flat_name}.py")
-        files[-1].write_bytes(code)
-    return sorted(files)
+    files = {}
+    for name, module in modules.items():
+        indirect = _name_indirect_imports(module, modules) if name in entry_names else b""
+        files[f"{module.flat_name}.py"] = module.code + indirect
+    return dict(sorted(files.items()))
 
 
 def _collect(names: Iterable[str]) -> dict[str, FlatModule]:

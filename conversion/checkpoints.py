@@ -6,6 +6,7 @@ Everything is checked here, before anything is written: what can't be converted 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pickle
@@ -43,7 +44,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md"]  # the card says which license it is under
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -89,7 +90,7 @@ def find_checkpoint(name: str | Path) -> Path:
         return folder
     if folder.exists():
         raise FoveateError(f"{name} is a file: give the folder of the checkpoint that it is part of.")
-    return _download(name, _SMALL_FILES)
+    return download(name, _SMALL_FILES)
 
 
 def fetch_weights(name: str | Path, folder: Path, pickled: bool = False) -> None:
@@ -103,12 +104,13 @@ def fetch_weights(name: str | Path, folder: Path, pickled: bool = False) -> None
     if str(name).startswith(LAB_PREFIX) or Path(name).expanduser().is_dir():
         return
     commit = folder.name  # the hub's cache names a snapshot so
-    _download(name, ["*.safetensors"], commit)
+    download(name, ["*.safetensors"], commit)
     if pickled and not _has_safetensors(folder):
-        _download(name, [WEIGHTS_NAME], commit)
+        download(name, [WEIGHTS_NAME], commit)
 
 
-def _download(name: str | Path, patterns: list[str], commit: str | None = None) -> Path:
+def download(name: str | Path, patterns: list[str], commit: str | None = None) -> Path:
+    """Files of a model on the hub, by patterns of their names: the folder in the cache. Raises `FoveateError`."""
     try:
         return Path(snapshot_download(str(name), revision=commit, allow_patterns=patterns))
     except Exception as error:  # the client raises many kinds, and others from version to version
@@ -120,7 +122,7 @@ def _download(name: str | Path, patterns: list[str], commit: str | None = None) 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's `config.json` as it stands. Raises `FoveateError` where there is none or it is not JSON."""
-    return _read_json(folder / CONFIG_NAME, f"{folder} is not a checkpoint: it has no {CONFIG_NAME}.")
+    return read_json(folder / CONFIG_NAME, f"{folder} is not a checkpoint: it has no {CONFIG_NAME}.")
 
 
 def require_tokenizer(name: str | Path, folder: Path) -> None:
@@ -140,7 +142,7 @@ def read_shards(folder: Path) -> list[Shard]:
         return [_read_shard(folder / SAFE_WEIGHTS_NAME)]
     if not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
         raise FoveateError(_no_safetensors(folder))
-    weight_map = _read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map") or {}
+    weight_map = read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map") or {}
     names = sorted(set(weight_map.values()))
     if not names or any(Path(name).name != name for name in names):
         raise FoveateError(f"{folder / SAFE_WEIGHTS_INDEX_NAME} has no usable weight_map: download it again.")
@@ -178,7 +180,19 @@ def read_tensors(folder: Path, names: Collection[str], dtype: torch.dtype) -> di
     return tensors
 
 
-def _read_json(path: Path, if_missing: str | None = None) -> dict[str, Any]:
+def content_hash(folder: Path) -> str:
+    """The first 16 hex digits of a SHA-256 over a checkpoint's config and weight files, wherever they lie."""
+    digest = hashlib.sha256()
+    for path in [folder / CONFIG_NAME, *sorted(folder.glob("*.safetensors"))]:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def read_json(path: Path, if_missing: str | None = None) -> dict[str, Any]:
+    """A JSON object. Raises `FoveateError`; `if_missing` is its sentence where there is no such file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -11,19 +11,29 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
 from ..errors import FoveateError, first_sentence
 from ..hub_cards.card import write_card
+from ..hub_cards.manifest import write_manifest
 from ..lab import BASES as LAB_BASES
+from ..modeling.adapter_layout import BASE_FIELDS
 from ..processing.question_processor import QUESTION_TOKENIZER_FOLDER, common_start
 from ..registry import METHODS, Backbone
 from .atomic_folder import atomic_folder, require_free
@@ -39,6 +49,7 @@ from .checkpoints import (
     require_tokenizer,
     stored_dtype,
 )
+from .file_copy import copy_file, link_file
 from .text_encoder import CLIP_MODULES, TextEncoder, open_text_encoder
 
 
@@ -52,6 +63,8 @@ PUBLISHED_NAMES = {
     "llava_next": (*_LLAVA_NAMES, "image_newline"),
     "qwen3_vl": ("model.language_model.", "model.visual."),
 }
+
+LAYOUTS = ("full", "adapter")
 
 _SMALL_FILES_BYTES = 32_000_000  # tokenizers, config, code, card: a generous guess
 
@@ -79,6 +92,10 @@ def convert(
     text_encoder: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     keep_ratio: float | None = None,
+    *,
+    layout: str = "full",
+    link: bool = False,
+    progress: bool = False,
 ) -> Path:
     """Makes a checkpoint of a base model into one with visual token compression.
 
@@ -90,6 +107,12 @@ def convert(
             `None` takes the one that the base's vision tower came from, where that is known.
         settings: fields of the config's `compression` block, for instance `{"num_visual_tokens": 64}`.
         keep_ratio: in (0, 1], sets the budget to this share of an image's tokens.
+        layout: "full", or "adapter": only what the method adds, and where the base is, which loading reads in its
+            place.
+        link: make hard links to the base's weight files instead of copies. Both folders have the same files then: a
+            write into one of them changes the other, but for `save_pretrained` of a compressed model, which makes new
+            ones.
+        progress: show a bar while weights are copied.
 
     Returns:
         The absolute path of `out`.
@@ -100,6 +123,10 @@ def convert(
     """
     out = Path(os.path.abspath(Path(out).expanduser()))
     require_free(out)
+    if layout not in LAYOUTS:
+        raise FoveateError(f"There is no layout '{layout}': choose one of {', '.join(LAYOUTS)}.")
+    if layout == "adapter" and link:
+        raise FoveateError("The adapter layout holds no weights of the base: there is nothing to link, leave it out.")
     # Small files first: what they tell need not wait for a download of the weights.
     source, backbone = _open_base(base, method)
     encoder = _open_text_encoder(source, backbone, method, text_encoder)
@@ -112,13 +139,18 @@ def convert(
     shards = _read_base_weights(source)
     new = _read_or_draw_parameters(source, backbone, encoder, config, stored_dtype(shards))
 
-    num_bytes = sum(shard.num_bytes for shard in shards) + _num_bytes(new) + _SMALL_FILES_BYTES
+    copied = [] if layout == "adapter" else shards
+    num_bytes = (0 if link else sum(shard.num_bytes for shard in copied)) + _num_bytes(new) + _SMALL_FILES_BYTES
     with atomic_folder(out, num_bytes) as folder:
-        _write_weights(shards, new, folder)
-        _write_config(source, config, folder)
+        if layout == "adapter":
+            _write_new_weights(new, folder / SAFE_WEIGHTS_NAME)
+        else:
+            _write_weights(shards, new, folder, link, progress)
+        _write_config(source, config, folder, _address_of(source) if layout == "adapter" else {})
         _write_processor(source, encoder, processor, folder)
         write_bundle(backbone.config_class, folder)
-        write_card(folder, source.name)
+        write_card(folder, source.name, source.folder)
+        write_manifest(folder, source.name)
     return out
 
 
@@ -144,11 +176,12 @@ def _choose_backbone(name: str | Path, config_dict: dict[str, Any], method: str)
     backbones = {backbone.base_model_type: backbone for backbone in METHODS[method].backbones}
     if model_type not in backbones:
         found = f"a '{model_type}' checkpoint" if model_type else "of no known kind (its config has no model_type)"
-        raise FoveateError(f"{name} is {found}: the method '{method}' compresses {', '.join(backbones)}.")
+        hint = f" (`foveate import {name} OUT` makes one of it)" if "mm_vision_tower" in config_dict else ""
+        raise FoveateError(f"{name} is {found}: the method '{method}' compresses {', '.join(backbones)}{hint}.")
     if not isinstance(config_dict.get("vision_config"), dict):
         raise FoveateError(
             f"{name} calls itself '{model_type}' but has no vision_config: it has to be in Transformers' own "
-            "layout (for LLaVA, the llava-hf models on the hub)."
+            f"layout (for LLaVA, the llava-hf models on the hub; `foveate import {name} OUT` makes one of an original)."
         )
     return backbones[model_type]
 
@@ -261,8 +294,8 @@ def _read_or_draw_parameters(
     return {f"model.{name}": tensor for name, tensor in parameters.items()} if whole else parameters
 
 
-def _write_weights(shards: list[Shard], new: dict[str, torch.Tensor], folder: Path) -> None:
-    """Copies the base's weight files, writes one for the new parameters, and the index of all.
+def _write_weights(shards: list[Shard], new: dict[str, torch.Tensor], folder: Path, link: bool, progress: bool) -> None:
+    """Copies or links the base's weight files, writes one for the new parameters, and the index of all.
 
     The files are numbered as Transformers numbers shards, so that a later `save_pretrained` into the folder replaces
     them all.
@@ -270,28 +303,57 @@ def _write_weights(shards: list[Shard], new: dict[str, torch.Tensor], folder: Pa
     number = len(shards) + bool(new)
     names = [f"model-{index:05d}-of-{number:05d}.safetensors" for index in range(1, number + 1)]
     weight_map: dict[str, str] = {}
-    for shard, name in zip(shards, names):
-        shutil.copyfile(shard.path, folder / name)
-        weight_map.update(dict.fromkeys(shard.tensors, name))
+    with _progress_bar(sum(shard.num_bytes for shard in shards), progress and not link) as advance:
+        for shard, name in zip(shards, names):
+            if link:
+                link_file(shard.path, folder / name)
+            else:
+                copy_file(shard.path, folder / name, advance)
+            weight_map.update(dict.fromkeys(shard.tensors, name))
     if clash := sorted(weight_map.keys() & new.keys()):
         raise FoveateError(f"The base has a tensor {clash[0]} already: is it a compressed model's?")
     if new:
-        save_file(new, folder / names[-1], metadata={"format": "pt"})
-        shutil.copymode(folder / names[0], folder / names[-1])  # safetensors lets the owner alone read what it writes
+        _write_new_weights(new, folder / names[-1])
         weight_map.update(dict.fromkeys(new, names[-1]))
     total_size = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors.values()) + _num_bytes(new)
     _write_json({"metadata": {"total_size": total_size}, "weight_map": weight_map}, folder / SAFE_WEIGHTS_INDEX_NAME)
 
 
-def _write_config(base: BaseCheckpoint, config: Any, folder: Path) -> None:
-    """Writes the base's `config.json` as it stands, with what the method adds, and its generation config.
+def _write_new_weights(new: dict[str, torch.Tensor], path: Path) -> None:
+    if not new:
+        return
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(new, path, metadata={"format": "pt"})
+    path.chmod(mode)  # safetensors lets the owner alone read what it writes
+
+
+@contextmanager
+def _progress_bar(num_bytes: int, shown: bool) -> Iterator[Callable[[int], object]]:
+    """Gives what is called with every number of bytes that was copied."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task("copying weights", total=num_bytes)
+        yield lambda count: bar.advance(task, count)
+
+
+def _address_of(base: BaseCheckpoint) -> dict[str, Any]:
+    """Where a checkpoint in the adapter layout finds its base: the hub id and commit, or the folder's path."""
+    if base.folder.parent.name == "snapshots":  # of the hub's cache
+        return dict(zip(BASE_FIELDS, (base.name, base.folder.name)))
+    return {BASE_FIELDS[0]: os.path.abspath(base.folder)}
+
+
+def _write_config(base: BaseCheckpoint, config: Any, folder: Path, more: Mapping[str, Any]) -> None:
+    """Writes the base's `config.json` as it stands, with what the method adds and `more`, and its generation config.
 
     A config that Transformers 5 writes says some things (rotary embeddings, for one) in a way that 4.57 doesn't read.
     As the base was published, every version reads it.
     """
     fields = config.to_diff_dict()
     added = set(fields) - set(base.config.to_dict())
-    written = {**base.config_dict, **{key: fields[key] for key in added}, "model_type": config.model_type}
+    written = {**base.config_dict, **{key: fields[key] for key in added}, **more, "model_type": config.model_type}
     written["architectures"] = [config.auto_map["AutoModelForImageTextToText"].rpartition(".")[2]]
     _write_json(written, folder / CONFIG_NAME)
     _copy_if_there([GENERATION_CONFIG_NAME], base.folder, folder)

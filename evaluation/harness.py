@@ -7,8 +7,7 @@ greedy decoding and are scored by the task's metric. What comes out is a diction
 
 from __future__ import annotations
 
-import hashlib
-import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -28,9 +27,9 @@ import transformers
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
-from ..conversion.checkpoints import fetch_weights, find_checkpoint, read_shards
+from ..conversion.checkpoints import content_hash, fetch_weights, find_checkpoint, read_shards
 from ..errors import FoveateError, first_sentence
 from ..lab.large_scenes import draw_large_scene, draw_sliced_scene
 from ..lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sample_scene
@@ -111,6 +110,23 @@ TASKS: dict[str, Task] = {
 }
 
 
+def _int8_weights() -> TorchAoConfig:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+#: Ways to load a model with narrower weights: the package that each needs, and its config.
+QUANTIZATIONS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "8bit": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True)),
+    "4bit": (
+        "bitsandbytes",
+        lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
+    ),
+    "int8": ("torchao", _int8_weights),
+}
+
+
 # The checkpoint
 
 
@@ -167,14 +183,8 @@ class Checkpoint:
         return count_without_compression(config, image.size)
 
     def content_hash(self) -> str:
-        """The first 16 hex digits of a SHA-256 over config and weight files, wherever they lie."""
-        digest = hashlib.sha256()
-        for path in [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
-        return digest.hexdigest()[:16]
+        """As results record it (see [`content_hash`])."""
+        return content_hash(self.folder)
 
 
 def open_checkpoint(
@@ -182,6 +192,7 @@ def open_checkpoint(
     settings: Mapping[str, Any] | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    quantize: str | None = None,
 ) -> Checkpoint:
     """Loads a compressed checkpoint or a base for evaluation.
 
@@ -190,10 +201,11 @@ def open_checkpoint(
         settings: changes to the compression, as `set_compression` takes them.
         dtype: "auto" takes the checkpoint's own.
         device: `None` takes the GPU when there is one.
+        quantize: a name in `QUANTIZATIONS`; compressed models leave out what sees and what compresses.
 
     Raises:
-        FoveateError: there is no such checkpoint, it is damaged or not an image-text model, or settings for a model
-            that doesn't compress.
+        FoveateError: there is no such checkpoint, it is damaged or not an image-text model, settings for a model that
+            doesn't compress, an unknown quantisation or one whose package is not installed.
         ValueError: a setting that doesn't exist or is out of range.
     """
     device, dtype = _device(device), _dtype(dtype)
@@ -201,18 +213,29 @@ def open_checkpoint(
     fetch_weights(name, folder)
     read_shards(folder)  # a truncated file is told apart here, before a loader trips over it
     model: Any
+    quantization = {} if quantize is None else {"quantization_config": _quantization(quantize), "device_map": device}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **quantization)
         processor = AutoProcessor.from_pretrained(folder)
     except Exception as error:  # loaders raise many kinds; a config can be wrong in any way
         raise FoveateError(f"{name} can't be loaded as an image-text model: {first_sentence(error)}") from error
     processor.tokenizer.padding_side = "left"
-    checkpoint = Checkpoint(str(name), folder, model.eval().to(device), processor)
+    model = model.eval() if quantize is not None else model.eval().to(device)
+    checkpoint = Checkpoint(str(name), folder, model, processor)
     if settings and not checkpoint.is_compressed:
         raise FoveateError(f"{name} doesn't compress, so there is no {', '.join(settings)} to set: convert it first.")
     if settings:
         model.set_compression(processor, **settings)
     return checkpoint
+
+
+def _quantization(name: str) -> Any:
+    if name not in QUANTIZATIONS:
+        raise FoveateError(f"There is no quantisation '{name}': choose one of {', '.join(QUANTIZATIONS)}.")
+    package, make = QUANTIZATIONS[name]
+    if importlib.util.find_spec(package) is None:
+        raise FoveateError(f"{name} needs {package}, which is not installed: pip install {package}")
+    return make()
 
 
 def _dtype(name: str | torch.dtype) -> str | torch.dtype:
@@ -359,6 +382,7 @@ def evaluate(
     data: str | Path | None = None,
     images: str | Path | None = None,
     skip_missing: bool = False,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Asks a checkpoint the questions of a task, and counts right answers and visual tokens.
 
@@ -370,7 +394,7 @@ def evaluate(
         batch_size: examples at a time.
         output: a JSON file for the result, written when all is done, or not at all.
         settings: changes to the compression for this run, as `set_compression` takes them.
-        dtype, device: as in [`open_checkpoint`].
+        dtype, device, quantize: as in [`open_checkpoint`].
         progress: whether to show a bar, on stderr.
         method_label: how tables call the run; the method's name, "base" for a model without, if `None`.
         reuse_cache: whether later turns go on with the cache of those before, so that an image is encoded and
@@ -392,7 +416,7 @@ def evaluate(
     """
     number = _check(task, limit, seed, batch_size, output)
     examples = _examples(task, number, seed, data, images, skip_missing)
-    opened = open_checkpoint(checkpoint, settings, dtype, device)
+    opened = open_checkpoint(checkpoint, settings, dtype, device, quantize)
     tally, start = _Tally(), time.perf_counter()
     with _progress_bar(progress) as bar:
         shown = bar.add_task(task, total=len(examples) if isinstance(examples, PublishedDialogues) else number)
@@ -418,6 +442,7 @@ def evaluate(
             data,
             images,
             skip_missing,
+            quantize,
         ),
         "task": task,
         "n": len(tally.visual_tokens),
@@ -428,6 +453,7 @@ def evaluate(
         "method": opened.method,
         "compression": opened.settings,
         "dtype": str(opened.model.dtype).removeprefix("torch."),
+        **({} if quantize is None else {"quantization": quantize}),
         "reuse_cache": reuse_cache,
         **tally.accuracies(TASKS[task].metric),
         "base_visual_tokens": statistics.fmean(tally.base_visual_tokens or tally.visual_tokens),
@@ -497,6 +523,7 @@ def _command(
     data: str | Path | None,
     images: str | Path | None,
     skip_missing: bool,
+    quantize: str | None,
 ) -> str:
     """The command line that does the same."""
     words = ["foveate", "evaluate", str(checkpoint), "--task", task]
@@ -505,6 +532,7 @@ def _command(
     words += [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={_as_option(value)}")]
     words += ["--batch-size", str(batch_size)] if batch_size != DEFAULT_BATCH_SIZE else []
     words += ["--dtype", str(dtype).removeprefix("torch.")] if dtype != "auto" else []
+    words += ["--quantize", quantize] if quantize is not None else []
     words += ["--label", method_label] if method_label else []
     words += ["--reuse-cache"] if reuse_cache else []
     words += ["--data", str(data)] if data is not None else []

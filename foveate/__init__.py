@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .conversion.bundle import write_bundle
 from .conversion.convert import convert
+from .conversion.original_llava import import_original
 from .errors import FoveateError
 from .evaluation.ask import ask
 from .evaluation.harness import evaluate
@@ -49,6 +50,7 @@ __all__ = [
     "ask",
     "convert",
     "evaluate",
+    "import_original",
     "lab_folder",
     "load_lab",
     "train",

@@ -20,6 +20,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from .errors import FoveateError, first_sentence
+from .units import show_flops, show_size
 
 
 if TYPE_CHECKING:
@@ -139,6 +140,22 @@ def convert(
         typer.Option(metavar="R", help="Share of an image's visual tokens to keep, above 0 and at most 1."),
     ] = None,
     settings: Settings = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="full, or adapter: only what the method adds, and where the base is; loading finds it there, and "
+            "`foveate merge` makes it whole."
+        ),
+    ] = "full",
+    link: Annotated[
+        bool,
+        typer.Option(
+            "--link",
+            help="Hard links to the base's weight files instead of copies: done in seconds, without disk space. Both "
+            "folders have the same files then: what writes into one changes the other (save_pretrained of a "
+            "compressed model makes new files).",
+        ),
+    ] = False,
 ) -> None:
     """Make a checkpoint with visual token compression from a base model's.
 
@@ -152,7 +169,51 @@ def convert(
     _quiet()
     from .conversion.convert import convert as convert_checkpoint
 
-    written = convert_checkpoint(base, out, method, text_encoder, changes, keep_ratio)
+    written = convert_checkpoint(
+        base, out, method, text_encoder, changes, keep_ratio, layout=layout, link=link, progress=True
+    )
+    typer.echo(f"Wrote {written} ({_size_of(written)}).")
+
+
+@app.command()
+def merge(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="Checkpoint in the adapter layout, or with LoRA weights beside it.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+) -> None:
+    """Make a whole checkpoint of a small one and its base, with LoRA weights merged."""
+    _quiet()
+    from .conversion.adapter_layout import merge as merge_checkpoint
+
+    written = merge_checkpoint(checkpoint, out)
+    typer.echo(f"Wrote {written} ({_size_of(written)}).")
+
+
+@app.command("import")
+def import_checkpoint(
+    original: Annotated[
+        str,
+        typer.Argument(
+            metavar="ORIGINAL", help="Folder or hub id of a LLaVA-1.5 or VoCo-LLaMA as its own repository writes it."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+    vision_tower: Annotated[
+        str | None, typer.Option(metavar="CLIP", help="CLIP checkpoint that it sees with; the one its config names.")
+    ] = None,
+    num_visual_tokens: Annotated[
+        int | None, typer.Option(help="VoCo-LLaMA: how many <voco> tokens an image has.")
+    ] = None,
+) -> None:
+    """Bring a checkpoint of LLaVA's own repository into the layout that `convert` and Transformers read.
+
+    One of VoCo-LLaMA's becomes a checkpoint of the method etc at once.
+    """
+    _quiet()
+    from .conversion.original_llava import import_original
+
+    written = import_original(original, out, vision_tower, num_visual_tokens)
     typer.echo(f"Wrote {written} ({_size_of(written)}).")
 
 
@@ -217,6 +278,9 @@ def evaluate(
     settings: Settings = None,
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 32,
     label: Annotated[str | None, typer.Option(help="Name of the run in tables; the method's, if not said.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Narrower weights: 8bit or 4bit (bitsandbytes), or int8 (torchao).")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -240,6 +304,7 @@ def evaluate(
         data=data,
         images=images,
         skip_missing=skip_missing,
+        quantize=quantize,
     )
     Console().print(_result_table(result))
     if skipped := result.get("skipped", {}).get("n"):
@@ -362,6 +427,82 @@ def train(
         typer.echo(f"Wrote {written} ({_size_of(written)}).")
 
 
+@app.command()
+def card(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a compressed checkpoint.")],
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A result of `foveate evaluate --json` of these weights; repeatable."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE", help="What it was converted from, and its license; as the card says, if not said."
+        ),
+    ] = None,
+) -> None:
+    """Write a checkpoint's model card, with the evaluations that are named and no others."""
+    _quiet()
+    from .conversion.checkpoints import find_checkpoint
+    from .hub_cards.card import CARD_FILE, write_card
+
+    source = None if base is None else find_checkpoint(base)
+    write_card(checkpoint.expanduser(), base, source, evaluation or ())
+    typer.echo(f"Wrote {checkpoint / CARD_FILE}.")
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a checkpoint.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Read weight files whole; else their sizes, headers and samples.")
+    ] = False,
+) -> None:
+    """Say whether a folder is what foveate wrote; the exit status is 0 if all of it is, else 1."""
+    _quiet()
+    from .hub_cards.verify import verify as verify_folder
+
+    found = verify_folder(checkpoint, full)
+    typer.echo(f"{checkpoint}: {found.verdict}")
+    for kind, names in found.findings.items():
+        typer.echo(f"  {kind}: {', '.join(names)}")
+    if found.num_files:
+        code = "as this version writes it" if found.same_code else "not this version's"
+        typer.echo(f"  {found.num_files} files listed, {found.num_weights} of them weights; code {code}.")
+    if found.not_whole:
+        which = f"weights ({len(found.not_whole)})" if full else "weights"
+        more = ", as the list has no more of them" if full else "; --full reads them whole"
+        typer.echo(f"  Compared of {which}: size, header and samples{more}.")
+    raise typer.Exit(0 if found.as_written else 1)
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a checkpoint.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the hub; made if it isn't there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private, if it is made.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be uploaded, and upload nothing.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also a folder that `foveate verify` doesn't find as written.")
+    ] = False,
+) -> None:
+    """Upload a checkpoint to the hub, in one commit, if there is nothing in it that shouldn't be there."""
+    _quiet()
+    from .hub_cards.push import push as push_checkpoint
+
+    upload = push_checkpoint(checkpoint, repo_id, private, dry_run, force)
+    table = _table()
+    for name, num_bytes in upload.sizes.items():
+        table.add_row(_plain(name), show_size(num_bytes))
+    Console().print(table)
+    if upload.left_out:
+        typer.echo(f"Left out: {', '.join(upload.left_out)}")
+    total = f"{len(upload.sizes)} files, {show_size(sum(upload.sizes.values()))}"
+    typer.echo(f"Dry run: {total} would go to {upload.url}." if dry_run else f"Pushed {total} to {upload.url}.")
+
+
 def main() -> None:
     """Entry point of the `foveate` command."""
     app(prog_name="foveate")
@@ -428,7 +569,7 @@ def _answer_table(answer: Answer) -> Table:
     base_time = _milliseconds(answer.base_time_to_first_token) if answer.base_time_to_first_token is not None else ""
     table.add_row("time to first token", _milliseconds(answer.time_to_first_token), base_time)
     base_bytes = answer.base_kv_bytes if answer.base_kv_bytes is not None else answer.kv_bytes_uncompressed
-    table.add_row("KV cache of the prompt", _size(answer.kv_bytes), _size(base_bytes))
+    table.add_row("KV cache of the prompt", show_size(answer.kv_bytes), show_size(base_bytes))
     return table
 
 
@@ -444,9 +585,9 @@ def _flops_table(report: FlopsReport) -> Table:
 
     for part in ("vision_tower", "text_encoder", "compressor", "projector", "llm_prefill", "total"):
         name = "[bold]total[/]" if part == "total" else part.replace("_", " ").replace("llm", "LLM")
-        row(name, _flops, getattr(model, part), getattr(base, part))
+        row(name, show_flops, getattr(model, part), getattr(base, part))
     row("visual tokens", str, model.visual_tokens, base.visual_tokens)
-    row("KV cache of the prompt", _size, model.kv_bytes, base.kv_bytes)
+    row("KV cache of the prompt", show_size, model.kv_bytes, base.kv_bytes)
     width, height = report.image_size
     bound = "; at most: the method chooses the number by the image" if model.at_most else ""
     table.caption = f"{width}x{height} pixels, {report.text_tokens} text tokens{bound}"
@@ -482,21 +623,5 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.1f} ms"
 
 
-def _flops(number: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.3g} {unit}FLOPs" if number else "–"
-        number /= 1000
-    return f"{number:.3g} TFLOPs"
-
-
 def _size_of(folder: Path) -> str:
-    return _size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}" if unit != "bytes" else f"{num_bytes} bytes"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"
+    return show_size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))

@@ -1,1 +1,1 @@
-"""Model cards of converted checkpoints."""
+"""What a checkpoint has to be published: its card, the list of its files, what checks them and what uploads them."""

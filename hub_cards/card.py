@@ -1,67 +1,140 @@
-"""The model card of a converted or trained checkpoint: what it is, how to use it, and what is known of it."""
+"""The model card of a converted or trained checkpoint: what it is, how to use it, and what is known of it.
+
+Whatever a card says is read from the checkpoint: its config, its training recipe, the account of its config, and the
+result files that it is given. What nobody knows is not made up: "not evaluated", "not stated".
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import metadata_load
 
+from ..errors import FoveateError
+from ..modeling.adapter_layout import BASE_FIELDS
 from ..registry import METHODS, Method
+from ..training.recipe import earlier_stages
+from .compression_table import table_of
+from .evaluation_files import read_evaluations
+from .method_texts import LIMITS, SUMMARIES
 
 
+CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
+
+#: What stands in a card's examples for the checkpoint's place, until it has one on the hub.
+PLACE = "PATH_OR_ID"
+
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
 def write_card(
-    folder: Path,
-    base_name: str,
-    training: Mapping[int, Mapping[str, Any]] | None = None,
-    adapter: str | None = None,
+    folder: Path, base_name: str | None = None, source: Path | None = None, evaluations: Iterable[Path] = ()
 ) -> None:
-    """Writes `README.md` into a checkpoint, from its `config.json`.
+    """Writes `README.md` into a checkpoint.
 
     Args:
-        folder: the checkpoint.
-        base_name: what it was converted from: a hub id, or the name of a folder.
-        training: the recipes of the stages that it was trained in, by number; `None` for one just converted.
-        adapter: the folder in it that holds LoRA weights which are not merged.
+        folder: the checkpoint, with all that it consists of.
+        base_name: what it was converted from: a hub id, or the name of a folder; `None`: what the card there is says.
+        source: the checkpoint that it was made from, whose card says which license it is under; `None`: itself.
+        evaluations: result files that `foveate evaluate` wrote of it.
+
+    Raises:
+        FoveateError: no compressed checkpoint, or a result file that is none or is another checkpoint's.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    method = METHODS[config["compression"]["method"]]
-    is_hub_id = base_name.count("/") == 1 and not base_name.startswith((".", "/", "~"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        method = METHODS[config["compression"]["method"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FoveateError(f"{folder} is no checkpoint of a method of foveate's: convert its base first.") from error
+    results = read_evaluations(evaluations, folder)
+    base_name = base_name or read_base_name(folder)
+    on_hub = is_hub_id(base_name)
+    base_name = base_name if on_hub else Path(base_name).name
+    title = f"{base_name} with {method.title}"
+    license_fields = _read_license(source or folder, base_name)
+    training, adapter = earlier_stages(folder), _adapter_of(folder)
     data = ModelCardData(
-        base_model=base_name if is_hub_id else None,
+        base_model=base_name if on_hub else None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["foveate", method.name, "visual-token-compression"],
+        model_name=title if results else None,
+        eval_results=[result.of_metadata for result in results] or None,
+        **license_fields,
     )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        model_name=folder.name,
-        base_name=base_name if is_hub_id else Path(base_name).name,
-        method_title=method.title,
+        title=title,
         method=_named(method),
+        summary=SUMMARIES.get(method.name, ""),
         state=_state(method, training),
-        stages=[_stage_line(number, stage) for number, stage in sorted((training or {}).items())],
+        missing_base=base_name if BASE_FIELDS[0] in config else None,
+        untrained=method.needs_training and not training,
+        table=table_of(folder),
+        results=results,
+        stages=[_stage_line(number, stage) for number, stage in sorted(training.items())],
         adapter=adapter,
+        place=PLACE,
         settings=json.dumps(config["compression"], indent=2, sort_keys=True),
+        limits=LIMITS.get(method.name, ()),
+        license=_license_line(license_fields),
+        has_text_encoder="question_config" in config,
     )
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    (folder / CARD_FILE).write_text(f"{card}\n", encoding="utf-8")
 
 
 def read_base_name(folder: Path) -> str:
     """What a checkpoint was converted from, as its card says; the name of its folder where it has none."""
     try:
-        card = (folder / "README.md").read_text(encoding="utf-8")
+        card = (folder / CARD_FILE).read_text(encoding="utf-8")
     except OSError:
         return folder.name
     found = re.search(r"^base_model: (\S+)$", card, re.MULTILINE) or re.search(r"^# (.+) with ", card, re.MULTILINE)
     return found.group(1) if found else folder.name
+
+
+def is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _read_license(source: Path, base_name: str) -> dict[str, str]:
+    """The license fields of a checkpoint's card; empty where it has none, or one that can't be read.
+
+    A link to a file beside the base's card would lead nowhere from another place: it becomes the file's address on the
+    hub, or is left out where there is none.
+    """
+    try:
+        stated = metadata_load(source / CARD_FILE) or {}
+    except Exception:  # someone else's card can be wrong in any way
+        return {}
+    fields = {name: stated[name] for name in _LICENSE_FIELDS if isinstance(stated.get(name), str)}
+    link = fields.get("license_link")
+    if link is not None and "://" not in link:
+        del fields["license_link"]
+        if is_hub_id(base_name):
+            fields["license_link"] = f"https://huggingface.co/{base_name}/blob/main/{link.removeprefix('./')}"
+    return fields
+
+
+def _license_line(fields: Mapping[str, str]) -> str:
+    if not fields:
+        return "not stated by the base's card: ask whoever published the base before you publish this"
+    name = fields.get("license_name") or fields.get("license", "")
+    link = fields.get("license_link")
+    return f"the base's, [{name}]({link})" if link else f"the base's, `{name}`"
+
+
+def _adapter_of(folder: Path) -> str | None:
+    """The folder in a checkpoint that holds LoRA weights which are not merged."""
+    found = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    return found[0] if found else None
 
 
 def _named(method: Method) -> str:
@@ -70,7 +143,7 @@ def _named(method: Method) -> str:
     return f"[{method.title}]({method.paper})" if is_address else f"{method.title} (“{method.paper}”)"
 
 
-def _state(method: Method, training: Mapping[int, Mapping[str, Any]] | None) -> str:
+def _state(method: Method, training: Mapping[int, Mapping[str, Any]]) -> str:
     if training:
         return f"trained (stage {' and '.join(map(str, sorted(training)))}, see below)"
     return "untrained: its new parameters are freshly initialised" if method.needs_training else "training-free"

@@ -47,6 +47,8 @@ class Measurement:
         base: the lab's base model that it is about.
         reuse_cache: whether later turns go on with the cache of the first.
         seed: of the test scenes, beside the training's.
+        dtype: of the model.
+        quantize: as `foveate evaluate` takes it.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Measurement:
     base: str = "tiny-llava"
     reuse_cache: bool = False
     seed: int = 0
+    dtype: str = "float32"
+    quantize: str | None = None
 
 
 def _variants(tokens: int) -> list[Measurement]:
@@ -250,6 +254,30 @@ ETC = [
     ],
 ]
 
+
+_WEIGHTS = {"bf16": "bfloat16", "8bit": "8 bits", "4bit": "4 bits", "int8": "int8 weights"}
+
+
+def _quantized(row: Measurement) -> list[Measurement]:
+    """A measurement again in bfloat16, and with narrower weights."""
+    return [
+        replace(
+            row,
+            name=f"{kind}-{row.name}",
+            label=f"{row.label}, {words}",
+            dtype="bfloat16",
+            quantize=None if kind == "bf16" else kind,
+        )
+        for kind, words in _WEIGHTS.items()
+    ]
+
+
+# What is left of the answers when weights are narrower.
+QUANTIZED = [
+    *_quantized(Measurement("recoverable-paper", "Recoverable, paper", settings={"variant": "paper"})),
+    *_quantized(_qg_vtc_shipped(36)[0]),
+]
+
 MEASUREMENTS = [
     Measurement("base", "LLaVA, uncompressed", method=None),
     *[
@@ -281,6 +309,7 @@ MEASUREMENTS = [
     *QG_VTC,
     *MULTI_TURN,
     *ETC,
+    *QUANTIZED,
     Measurement("next", "LLaVA-NeXT, uncompressed", "lab-next-vqa", method=None, base="tiny-llava-next"),
     Measurement("qwen3vl", "Qwen3-VL, uncompressed", method=None, base="tiny-qwen3vl"),
 ]
@@ -316,8 +345,9 @@ def main(
             settings=settings or None,
             output=path,
             method_label=row.label,
-            dtype="float32",
+            dtype=row.dtype,
             reuse_cache=row.reuse_cache,
+            quantize=row.quantize,
         )
 
 

@@ -66,12 +66,6 @@ def register_image_processor(config_class: type, image_processor_class: type) ->
     AutoImageProcessor.register(config_class, **classes)
 
 
-def in_full_precision(module: str) -> list[str]:
-    """For a class's `_keep_in_fp32_modules`: keeps a module out of quantisation, and in float32 beside float16. 4.57
-    looks for its name anywhere; ≥ 5.0 matches the whole name from its start for the one, any part for the other."""
-    return [module, rf".*\.{module}"] if TRANSFORMERS_5 else [module]
-
-
 def clip_embeddings(vision_tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """Input of the first layer of a `CLIPVisionModel`, (images, patches + 1, width)."""
     tower = getattr(vision_tower, "vision_model", vision_tower)  # 4.57 keeps it one level down

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import Cache
+from transformers import Cache, PretrainedConfig
 from transformers.modeling_outputs import ModelOutput
+
+from .adapter_layout import base_of, forget_base, read_all_tensors, read_generation_config
 
 
 @dataclass
@@ -76,7 +81,40 @@ class CompressedModelMixin:
     #: from such code leaves that to Transformers, which copies its files.
     code_writer: ClassVar[Callable[[type, str], None] | None] = None
 
+    #: Parts that quantisation leaves as they are, by their names in a model without a head: what sees, and what
+    #: compresses. They are a small share of the weights, and where little is kept, its choice should be the best.
+    full_precision: ClassVar[tuple[str, ...]] = (
+        "vision_tower",
+        "visual",
+        "compressor",
+        "question_encoder",
+        "question_projector",
+        "visual_projection",
+    )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, quantization_config=None, **kwargs):
+        """As everywhere in Transformers. A quantisation that doesn't say which modules it leaves out leaves out
+        `full_precision`, and the head; a checkpoint in the adapter layout finds its base."""
+        name = pretrained_model_name_or_path
+        if quantization_config is not None:
+            names = [f"{start}{part}" for start in ("", "model.") for part in cls.full_precision]
+            kwargs["quantization_config"] = _leaving_out(quantization_config, [*names, "lm_head"])
+        base = None if name is None else base_of(name, config, kwargs)
+        if base is None:
+            return super().from_pretrained(name, *args, config=config, **kwargs)  # type: ignore[misc]
+        if not isinstance(config, PretrainedConfig):
+            config = cls.config_class.from_pretrained(config or name)  # type: ignore[attr-defined]
+        kwargs["state_dict"] = read_all_tensors(name, base, kwargs)
+        found = super().from_pretrained(None, *args, config=config, **kwargs)  # type: ignore[misc]
+        model = found[0] if isinstance(found, tuple) else found
+        forget_base(model)
+        if model.can_generate() and (generation_config := read_generation_config(name, kwargs)) is not None:
+            model.generation_config = generation_config
+        return found
+
     def save_pretrained(self, save_directory, *args, **kwargs):
+        _unlink_shared_weights(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if self.code_writer is not None:
             type(self).code_writer(type(self), save_directory)
@@ -100,6 +138,31 @@ class CompressedModelMixin:
         """Changes the budget that the model is about to be trained at: as `set_compression`, but weights whose shape
         says the budget follow it."""
         self.set_compression(processor, num_visual_tokens=num_visual_tokens)
+
+
+def _leaving_out(quantization_config: Any, modules: list[str]) -> Any:
+    """A quantisation config, or a dictionary of one, that leaves these modules out if it names none itself. Configs of
+    bitsandbytes have a word of their own for that."""
+    is_dict = isinstance(quantization_config, dict)
+    known = quantization_config if is_dict else vars(quantization_config)
+    of_bitsandbytes = any(name in known for name in ("llm_int8_skip_modules", "load_in_4bit", "load_in_8bit"))
+    field = "llm_int8_skip_modules" if of_bitsandbytes else "modules_to_not_convert"
+    if known.get(field) is not None or not (is_dict or field in known):
+        return quantization_config
+    changed = copy.deepcopy(quantization_config)
+    if is_dict:
+        changed[field] = modules
+    else:
+        setattr(changed, field, modules)
+    return changed
+
+
+def _unlink_shared_weights(folder: str | os.PathLike) -> None:
+    """Takes weight files out of a folder that are hard links to other files, as `foveate convert --link` makes them:
+    written over, they would change there too."""
+    for path in Path(folder).glob("*.safetensors"):
+        if path.stat().st_nlink > 1:
+            path.unlink()
 
 
 def keep_logits(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from transformers import Cache, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
 from ..configuration.configuration_llava_meteor import LlavaMeteorConfig
-from .compatibility import in_full_precision, register_key_mapping
+from .compatibility import register_key_mapping
 from .compressed_image import CompressedImage
 from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast, TokenProvenance
 from .compressor_meteor import FlashGlobalFusion, native_scores, visual_scores
@@ -165,7 +165,7 @@ class LlavaMeteorForConditionalGeneration(ExactCountGenerationMixin, LlavaForCon
     """[`LlavaMeteorModel`] with a language modeling head."""
 
     config_class = LlavaMeteorConfig
-    _keep_in_fp32_modules = in_full_precision("compressor")  # states too wide for float16, rates too fine for 4 bits
+    _keep_in_fp32_modules = ["compressor"]  # its states are too wide for float16
     image_inputs = ("pixel_values", "image_sizes", "compressed_images")
 
     def __init__(self, config: LlavaMeteorConfig):

@@ -62,12 +62,18 @@ def base_folder(method_and_backbone, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def checkpoint(method_and_backbone, base_folder, tmp_path_factory):
+def text_encoder_folder(method_and_backbone, tmp_path_factory):
+    """Of a method that reads the question; else `None`."""
+    _, backbone = method_and_backbone
+    if not reads_question(backbone):
+        return None
+    _, write_text_encoder = TINY_BASES[backbone.base_model_type]
+    return write_text_encoder(tmp_path_factory.mktemp("clip") / "clip")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(method_and_backbone, base_folder, text_encoder_folder, tmp_path_factory):
     """The base converted by the method."""
     method, backbone = method_and_backbone
-    _, write_text_encoder = TINY_BASES[backbone.base_model_type]
-    text_encoder = None
-    if reads_question(backbone):
-        text_encoder = write_text_encoder(tmp_path_factory.mktemp("clip") / "clip")
     out = tmp_path_factory.mktemp("converted") / backbone.model_type
-    return convert(base_folder, out, method.name, text_encoder, SETTINGS.get(method.name))
+    return convert(base_folder, out, method.name, text_encoder_folder, SETTINGS.get(method.name))

@@ -37,10 +37,13 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
+from ..conversion.adapter_layout import leave_base_out
 from ..conversion.atomic_folder import atomic_folder, require_free
 from ..conversion.checkpoints import fetch_weights, find_checkpoint, read_config, read_shards
 from ..errors import FoveateError, first_sentence
 from ..hub_cards.card import read_base_name, write_card
+from ..hub_cards.manifest import MANIFEST_FILE, write_manifest
+from ..modeling.adapter_layout import BASE_FIELDS
 from ..registry import METHODS
 from .data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
 from .distillation import Distillation
@@ -572,6 +575,8 @@ def _write(job: _Job, trained: Mapping[str, torch.Tensor], facts: dict[str, Any]
         copy_small_files(job.folder, folder)
         if job.recipe.num_visual_tokens is not None:
             _write_budget(model, processor, folder)
+        if (base := read_config(job.folder).get(BASE_FIELDS[0])) is not None:
+            leave_base_out(folder, base)
         for path in folder.rglob("*.safetensors"):  # safetensors lets the owner alone read what it writes
             shutil.copymode(folder / "config.json", path)
         stages = {**earlier_stages(job.folder), job.stage: job.recipe.to_dict()}
@@ -579,8 +584,9 @@ def _write(job: _Job, trained: Mapping[str, torch.Tensor], facts: dict[str, Any]
         (folder / LOG_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         if (job.state / "runs").is_dir():
             shutil.copytree(job.state / "runs", folder / "runs")
-        kept = ADAPTER_FOLDER if peft_model is not None and not job.merge else None
-        write_card(folder, read_base_name(job.folder), stages, kept)
+        base_name = read_base_name(job.folder)
+        write_card(folder, base_name, job.folder)
+        write_manifest(folder, base_name)
 
 
 def _write_budget(model: Any, processor: Any, folder: Path) -> None:
@@ -614,6 +620,6 @@ def copy_small_files(source: Path, folder: Path) -> None:
     for path in sorted(source.rglob("*")):
         place = path.relative_to(source)
         is_config = path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json")
-        if path.is_file() and is_config and place.parts[0] not in (ADAPTER_FOLDER, "runs", LOG_FILE):
+        if path.is_file() and is_config and place.parts[0] not in (ADAPTER_FOLDER, "runs", LOG_FILE, MANIFEST_FILE):
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / place)

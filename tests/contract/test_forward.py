@@ -310,8 +310,10 @@ def test_bitsandbytes_loads_and_generates(checkpoint, inputs_of, bits):
     model = AutoModelForImageTextToText.from_pretrained(
         checkpoint, quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu"
     )
-    layer = model.model.language_model.layers[0].mlp.up_proj
-    assert type(layer).__module__.startswith("bitsandbytes")
+    quantized = [name for name, part in model.named_modules() if type(part).__module__.startswith("bitsandbytes")]
+    assert "model.language_model.layers.0.mlp.up_proj" in quantized
+    left_out = [name for name in quantized if set(name.split(".")) & {*model.full_precision, "lm_head"}]
+    assert not left_out, "what sees and what compresses stays as it is"
     inputs = inputs_of(*ROWS).to(torch.bfloat16)
     output = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
     assert output.shape[1] == inputs["input_ids"].shape[1] + 3

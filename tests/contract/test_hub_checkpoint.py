@@ -9,6 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from foveate import convert
+
+from ..conftest import SETTINGS
 from .conftest import ROWS, prompt_for
 
 
@@ -129,6 +132,29 @@ def test_weights_are_saved_under_the_published_names(checkpoint, base_folder, tm
         assert all(torch.equal(saved.get_tensor(key), base.get_tensor(key)) for key in set(base.keys()))
         keys = set(saved.keys())
     assert keys == json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"].keys()
+
+
+def test_the_adapter_layout_gives_the_same_model(
+    method_and_backbone, base_folder, text_encoder_folder, checkpoint, tmp_path
+):
+    """Of a folder without the base's weights, where foveate is installed and where it isn't; what it saves is whole."""
+    method, _ = method_and_backbone
+    settings = SETTINGS.get(method.name)
+    small = convert(base_folder, tmp_path / "small", method.name, text_encoder_folder, settings, layout="adapter")
+    whole = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    base = sum(path.stat().st_size for path in base_folder.glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in small.glob("*.safetensors")) <= whole - base
+    model, info = AutoModelForImageTextToText.from_pretrained(small, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    expected = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert model.generation_config.to_dict() == type(model).from_pretrained(checkpoint).generation_config.to_dict()
+    assert run_stranger(small, tmp_path)["ids"] == expected_ids(checkpoint)
+    again = small.parent / f"{small.name}-again"
+    assert "base_model_name_or_path" not in json.loads((again / "config.json").read_text())
+    assert expected_ids(again) == expected_ids(checkpoint)
 
 
 def test_another_methods_checkpoint_is_refused(method_and_backbone):

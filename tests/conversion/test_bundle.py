@@ -8,14 +8,40 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_relative_imports
 
-from foveate.conversion.bundle import entry_modules, write_bundle
+from foveate.conversion.bundle import bundle_files, entry_modules, write_bundle
 from foveate.errors import FoveateError
 from foveate.registry import backbones
+
+from .trust import offences
 
 
 CONFIG_CLASSES = [backbone.config_class for backbone in backbones()]
 ALLOWED_PACKAGES = {"safetensors", "huggingface_hub", "numpy", "PIL", "torch", "transformers"}
 _packages = itertools.count()
+
+#: What the search for network, file writing and foreign code finds in the bundles, and why it may be there: each is
+#: something that the user asks for by a call of that name, and none happens by loading or running a model.
+ALLOWED = {
+    ("compressed_image", "", "save_file"): "imported for the next",
+    ("compressed_image", "CompressedImage.save", "save_file"): "writes the one file that the user names",
+    ("compressed_model", "_unlink_shared_weights", "unlink"): "of `save_pretrained`: its folder's links, not what they "
+    "lead to, so that writing doesn't change the base's files",
+    ("checked_processor", "", "load_image"): "imported for the next",
+    ("checked_processor", "_readable", "load_image"): "Transformers' own, for an image that the user gives as an "
+    "address; every processor of Transformers does the same",
+    ("question_processor", "QuestionProcessorMixin.save_pretrained", "save_pretrained"): "the second tokenizer, where "
+    "the user saves the processor",
+    ("question_processor", "QuestionProcessorMixin._load_question_tokenizer", "from_pretrained"): "the second "
+    "tokenizer, from where the user loads the processor",
+    ("compatibility", "", "transformers passed around"): "`getattr` of a class that 4.57 alone has, by its name",
+    ("adapter_layout", "", "cached_file"): "imported for the next",
+    ("adapter_layout", "_read_tensors", "cached_file"): "a base's weights, from where Transformers would load them, "
+    "where the user loads a checkpoint that names its base",
+    ("adapter_layout", "_read_tensors.find", "cached_file"): "the same",
+    ("adapter_layout", "read_generation_config", "from_pretrained"): "the base's, likewise",
+    ("compressed_model", "CompressedModelMixin.from_pretrained", "from_pretrained"): "of the class itself, where the "
+    "user calls it",
+}
 
 
 @pytest.fixture
@@ -87,6 +113,11 @@ class TestTheBundleOfEveryModel:
         files = write_bundle(config_class, flat)
         assert write_bundle(backbone.model_class, flat) == write_bundle(backbone.generation_class, flat) == files
 
+    def test_reaches_no_network_writes_no_file_and_runs_no_other_code(self, config_class):
+        for name, code in bundle_files(config_class).items():
+            for (scope, what), line in offences(code.decode()).items():
+                assert (name.removesuffix(".py"), scope, what) in ALLOWED, f"{name}, line {line}: {what}"
+
     def test_has_the_same_bytes_each_time(self, config_class, tmp_path):
         written = []
         for name in ("first", "second"):
@@ -94,6 +125,83 @@ class TestTheBundleOfEveryModel:
             files = write_bundle(config_class, tmp_path / name)
             written.append({file.name: file.read_bytes() for file in files})
         assert written[0] == written[1]
+
+
+def test_nothing_is_allowed_that_is_not_there():
+    files = {name: code for config_class in CONFIG_CLASSES for name, code in bundle_files(config_class).items()}
+    found = {(name.removesuffix(".py"), *place) for name, code in files.items() for place in offences(code.decode())}
+    assert found >= ALLOWED.keys()
+
+
+@pytest.mark.parametrize(
+    ("source", "offence"),
+    [
+        ("import subprocess", "import subprocess"),
+        ("def f():\n    import socket", "import socket"),
+        ("from urllib.request import Request", "import urllib.request"),
+        ("import requests, math", "import requests"),
+        ("from http.client import HTTPConnection", "import http.client"),
+        ("import huggingface_hub", "import huggingface_hub"),
+        ("import importlib.util", "import importlib.util"),
+        ("import pickle", "import pickle"),
+        ("import shutil", "import shutil"),
+        ("import ctypes", "import ctypes"),
+        ("import sys", "import sys"),
+        ("import os\nos.system('ls')", "system"),
+        ("import os\nos.remove('x')", "os.remove"),
+        ("import os\nos.execv('x', [])", "os.execv"),
+        ("import os\nos.environ['HF_TOKEN']", "os.environ"),
+        ("from os import remove as tidy", "remove"),
+        ("import os\nlibrary = os", "os passed around"),
+        ("import os\ngetattr(os, 'sys' + 'tem')", "os passed around"),
+        ("open('x', 'w').close()", "open"),
+        ("read = open", "open"),
+        ("open('x', mode)", "open"),
+        ("open('x', mode='a')", "open"),
+        ("open('x', **{'mode': 'a'})", "open"),
+        ("from pathlib import Path\nPath('x').write_text('')", "write_text"),
+        ("from pathlib import Path\nPath('x').open('w')", "open"),
+        ("from pathlib import Path\nPath('x').replace('y')", "replace"),
+        ("from pathlib import Path\ngetattr(Path('x'), 'write_bytes')", "write_bytes"),
+        ("exec('1')", "exec"),
+        ("eval('1')", "eval"),
+        ("compile('1', '', 'eval')", "compile"),
+        ("__import__('os')", "__import__"),
+        ("print(globals())", "globals"),
+        ("__builtins__['eval']", "__builtins__"),
+        ("().__class__.__base__.__subclasses__()", "__subclasses__"),
+        ("import json\njson.dump({}, None)", "dump"),
+        ("import torch\ntorch.save({}, 'x')", "save"),
+        ("import torch\ntorch.load('x')", "load"),
+        ("import torch\ntorch.hub.load('a', 'b')", "hub"),
+        ("import torch.utils.cpp_extension", "import torch.utils.cpp_extension"),
+        ("from torch import hub", "hub"),
+        ("from transformers.utils.hub import cached_file", "cached_file"),
+        ("from transformers import AutoModel\nAutoModel.from_pretrained('x')", "from_pretrained"),
+        ("from safetensors.torch import save_file as keep", "save_file"),
+        ("import numpy as np\nnp.memmap('x')", "memmap"),
+        ("class A:\n    def f(self):\n        self.model.push_to_hub('x')", "push_to_hub"),
+    ],
+)
+def test_what_a_bundle_must_not_do_is_found(source, offence):
+    assert offence in {what for _, what in offences(source)}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import re\nre.compile('x')",
+        "import os\nos.path.join('a', 'b')",
+        "'a'.replace('a', 'b')",
+        "import json\nwith open('x', encoding='utf-8') as file:\n    json.load(file)",
+        "model.eval()",
+        "import dataclasses\ndataclasses.replace(x, a=1)",
+        "import torch\nfrom torch import nn\ntorch.zeros(1), nn.Linear",
+        "class A:\n    def save_pretrained(self, *args):\n        super().save_pretrained(*args)",
+    ],
+)
+def test_what_a_bundle_may_do_is_not(source):
+    assert not offences(source)
 
 
 def test_nothing_but_the_place_of_an_import_changes(house, flat):

@@ -7,6 +7,9 @@ import os
 import pickle
 import shutil
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from foveate.conversion import checkpoints
+from foveate.conversion import checkpoints, file_copy
 from foveate.conversion import convert as convert_module
 from foveate.conversion.convert import convert
+from foveate.conversion.file_copy import copy_file
 from foveate.errors import FoveateError
 
 from .tiny_checkpoints import split_in_shards, write_clip, write_llava
@@ -475,3 +479,108 @@ def current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+class TestLinkedWeights:
+    def test_are_the_very_files_of_the_base(self, base, clip, out):
+        convert(base, out, text_encoder=clip, link=True)
+        (original,) = base.glob("*.safetensors")
+        linked, new = sorted(out.glob("*.safetensors"))
+        assert linked.samefile(original)
+        assert new.stat().st_nlink == 1
+        AutoModelForImageTextToText.from_pretrained(out)
+
+    def test_follow_the_symbolic_links_of_the_hubs_cache(self, base, clip, out, tmp_path):
+        (original,) = base.glob("*.safetensors")
+        blob = tmp_path / "blob"
+        original.rename(blob)
+        original.symlink_to(blob)
+        convert(base, out, text_encoder=clip, link=True)
+        linked = min(out.glob("*.safetensors"))
+        assert linked.samefile(blob) and not linked.is_symlink()
+
+    def test_are_left_as_they_were_by_save_pretrained(self, base, clip, out):
+        """Of a model that was loaded from there, into the very folder: the base's bytes stay."""
+        convert(base, out, text_encoder=clip, link=True)
+        (original,) = base.glob("*.safetensors")
+        before = original.read_bytes()
+        model = AutoModelForImageTextToText.from_pretrained(out)
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+        model.save_pretrained(out)
+        assert original.read_bytes() == before
+        assert all(path.stat().st_nlink == 1 for path in out.glob("*.safetensors"))
+        again = AutoModelForImageTextToText.from_pretrained(out)
+        assert not again.lm_head.weight.any()
+
+    def test_a_file_system_without_links_is_said(self, base, clip, out, monkeypatch):
+        def refuse(*_):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+        monkeypatch.setattr(os, "link", refuse)
+        assert_refused(out, "leave --link out", base, out, text_encoder=clip, link=True)
+
+
+class TestCopies:
+    def test_are_pieces_where_there_are_no_reflinks(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(file_copy, "_PIECE", 1000)
+        (tmp_path / "source").write_bytes(os.urandom(2500))
+        counted = []
+        copy_file(tmp_path / "source", tmp_path / "target", counted.append)
+        assert filecmp.cmp(tmp_path / "source", tmp_path / "target", shallow=False)
+        assert counted == [1000, 1000, 500] or counted == [2500]  # a file system with reflinks
+
+    def test_share_the_originals_blocks_where_there_are(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(file_copy, "_reflink", lambda original, copy: copy.write(original.read()) > 0)
+        (tmp_path / "source").write_bytes(b"weights")
+        counted = []
+        copy_file(tmp_path / "source", tmp_path / "target", counted.append)
+        assert (tmp_path / "target").read_bytes() == b"weights"
+        assert counted == [7]
+
+    def test_read_and_write_where_there_is_no_sendfile(self, tmp_path, monkeypatch):
+        monkeypatch.delattr(os, "sendfile")
+        monkeypatch.setattr(file_copy, "_PIECE", 1000)
+        (tmp_path / "source").write_bytes(os.urandom(2500))
+        copy_file(tmp_path / "source", tmp_path / "target")
+        assert filecmp.cmp(tmp_path / "source", tmp_path / "target", shallow=False)
+
+    def test_never_replace_a_file(self, tmp_path):
+        for name in ("source", "target"):
+            (tmp_path / name).write_text(name)
+        with pytest.raises(FileExistsError):
+            copy_file(tmp_path / "source", tmp_path / "target")
+
+
+class TestAKilledConversion:
+    """By SIGKILL, which no process can handle."""
+
+    SCRIPT = """
+import sys, time
+from pathlib import Path
+from foveate.conversion.atomic_folder import atomic_folder
+out, pause = Path(sys.argv[1]), float(sys.argv[2])
+print("started", flush=True)
+with atomic_folder(out, 1) as folder:
+    for index in range(20):
+        (folder / f"{index}.json").write_text("{}")
+        time.sleep(pause)
+print("done", flush=True)
+time.sleep(60)
+"""
+
+    @pytest.mark.parametrize("moment", [0, 1, 3, 7, 12, 19, 25])
+    def test_leaves_nothing_or_the_whole(self, moment, tmp_path):
+        pause = 0.01
+        out = tmp_path / "out"
+        command = [sys.executable, "-c", self.SCRIPT, str(out), str(pause)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "started\n"
+            time.sleep(moment * pause)
+            process.kill()
+        deadline = time.monotonic() + 20
+        while any(path != out for path in tmp_path.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        left = list(tmp_path.iterdir())
+        assert left in ([], [out])
+        assert not left or len(list(out.iterdir())) == 20

@@ -78,7 +78,7 @@ class TestCommands:
     def test_help_names_them(self):
         found = run("--help")
         assert found.exit_code == 0
-        assert all(name in found.output for name in ("methods", "convert", "ask", "evaluate"))
+        assert all(name in found.output for name in ("methods", "convert", "ask", "evaluate", "card", "verify", "push"))
 
     def test_version(self):
         assert run("--version").stdout.startswith("foveate 0.")
@@ -165,6 +165,63 @@ class TestCommands:
         result = json.loads(Path("result.json").read_text())
         assert (result["n"], result["reuse_cache"], result["skipped"]["n"]) == (2, True, 1)
         assert all(word in result["command"] for word in words)
+
+
+class TestPublishing:
+    @pytest.fixture
+    def copy(self, originals, tmp_path) -> Path:
+        return shutil.copytree(originals / "compressed", tmp_path / "copies" / "compressed")
+
+    def test_card_says_what_was_evaluated(self, copy, place):
+        evaluated = run("evaluate", copy, "--limit", 6, "--json", "result.json")
+        assert evaluated.exit_code == 0, evaluated.output
+        found = run("card", copy, "--evaluation", "result.json")
+        assert found.exit_code == 0, found.output
+        assert found.stdout == f"Wrote {copy / 'README.md'}.\n"
+        assert "\nfoveate evaluate compressed --task lab-vqa --limit 6 " in (copy / "README.md").read_text()
+        assert_refused("another checkpoint", "card", self.changed(copy), "--evaluation", "result.json")
+        assert run("card", copy).exit_code == 0
+        assert "not evaluated" in (copy / "README.md").read_text()
+
+    def test_card_takes_the_license_of_the_base_that_is_named(self, copy, place):
+        shutil.copytree(copy, "mine")
+        Path("mine/README.md").write_text("---\nlicense: llama2\n---\n")
+        assert run("card", copy, "--base", "mine").exit_code == 0
+        card = (copy / "README.md").read_text()
+        assert "\nlicense: llama2\n" in card and "\n# mine with " in card
+
+    def changed(self, copy) -> Path:
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({**config, "more": 1}))
+        return copy
+
+    def test_verify_ends_with_0_or_1(self, copy):
+        found = run("verify", copy)
+        assert found.exit_code == 0 and "as foveate" in found.stdout and "--full reads them whole" in found.stdout
+        assert run("verify", copy, "--full").exit_code == 0
+        found = run("verify", self.changed(copy))
+        assert found.exit_code == 1 and "changed: config.json" in found.stdout and found.stderr == ""
+        assert run("verify", copy.parent).exit_code == 1
+
+    def test_push_lists_what_it_would_upload(self, copy):
+        found = run("push", copy, "user/tiny", "--dry-run")
+        assert found.exit_code == 0, found.output
+        for path in copy.rglob("*"):
+            assert not path.is_file() or path.relative_to(copy).as_posix() in found.stdout
+        assert "Dry run: " in found.stdout and found.stdout.rstrip().endswith("/user/tiny.")
+
+    def test_push_refuses(self, copy, place):
+        self.changed(copy)
+        assert_refused("not as foveate", "push", copy, "user/tiny", "--dry-run")
+        assert run("push", copy, "user/tiny", "--dry-run", "--force").exit_code == 0
+        (copy / "old.bin").write_bytes(b"")
+        assert_refused("old.bin is a pickle", "push", copy, "user/tiny", "--dry-run", "--force")
+
+    @pytest.mark.parametrize("words", [("card",), ("verify",), ("push", "user/tiny")])
+    def test_what_is_not_there(self, words, place):
+        command, *more = words
+        complaint = "is no checkpoint" if command == "card" else "is no folder"
+        assert_refused(complaint, command, "nowhere", *more)
 
 
 class TestSettings:

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from foveate import FoveateError, evaluate, train
 from foveate.cli import app
+from foveate.hub_cards.manifest import MANIFEST_FILE
+from foveate.hub_cards.verify import verify
 from foveate.training.recipe import RECIPE_FILE, read_stage
 
 from .conftest import QUICK, Watch
@@ -155,8 +157,9 @@ def test_the_result_is_a_checkpoint_like_conversions(tiny, second_stage):
     """File for file but for the weights, so that it loads wherever that one does, foveate there or not."""
     for path in tiny.rglob("*"):
         of_weights = path.name.endswith((".safetensors", ".index.json"))
-        if path.is_file() and not of_weights and path.name != "README.md":
+        if path.is_file() and not of_weights and path.name not in ("README.md", MANIFEST_FILE):
             assert (second_stage / path.relative_to(tiny)).read_bytes() == path.read_bytes(), path.name
+    assert verify(second_stage).as_written
     assert [path.name for path in second_stage.parent.iterdir()] == [second_stage.name], "nothing else is left"
 
 
