@@ -367,7 +367,7 @@ def plot_types(results: list[dict[str, Any]], path: Path) -> bool:
         panel.set(title=label, xlabel="visual tokens an image")
         panel.grid(alpha=0.25)
     axes[0][0].set_ylabel("right answers, % (95 % interval)")
-    axes[0][-1].legend(frameon=False)
+    axes[0][-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # beside: lines go everywhere
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
     return True
