@@ -18,6 +18,11 @@ BASE_FIELDS = ("base_model_name_or_path", "base_model_revision")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where and how files are found."""
+    return {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+
+
 def base_of(name: str | os.PathLike, config: Any, kwargs: dict[str, Any]) -> tuple[str, str | None] | None:
     """The base that a checkpoint names, and its commit; `None` for a checkpoint that is whole.
 
@@ -29,8 +34,7 @@ def base_of(name: str | os.PathLike, config: Any, kwargs: dict[str, Any]) -> tup
     if isinstance(config, PretrainedConfig):
         fields = vars(config)
     else:
-        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-        fields, _ = PretrainedConfig.get_config_dict(config or name, **hub)
+        fields, _ = PretrainedConfig.get_config_dict(config or name, **hub_arguments(kwargs))
     base, revision = (fields.get(field) for field in BASE_FIELDS)
     return None if base is None else (base, revision)
 
@@ -50,7 +54,7 @@ def read_all_tensors(
     Raises:
         OSError: the base, or its weights, are not there.
     """
-    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+    hub = hub_arguments(kwargs)
     of_base = {key: hub[key] for key in hub if key not in ("revision", "subfolder")}
     tensors = _read_tensors(base[0], {**of_base, "revision": base[1]})
     if not tensors:
@@ -85,6 +89,6 @@ def _read_tensors(name: str | os.PathLike, hub: dict[str, Any]) -> dict[str, tor
 def read_generation_config(name: str | os.PathLike, kwargs: dict[str, Any]) -> GenerationConfig | None:
     """A checkpoint's own, where it has one."""
     try:
-        return GenerationConfig.from_pretrained(name, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+        return GenerationConfig.from_pretrained(name, **hub_arguments(kwargs))
     except OSError:
         return None

@@ -13,7 +13,7 @@ import torch
 from transformers import Cache, PretrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
-from .adapter_layout import base_of, forget_base, read_all_tensors, read_generation_config
+from .adapter_layout import base_of, forget_base, hub_arguments, read_all_tensors, read_generation_config
 
 
 @dataclass
@@ -104,7 +104,7 @@ class CompressedModelMixin:
         if base is None:
             return super().from_pretrained(name, *args, config=config, **kwargs)  # type: ignore[misc]
         if not isinstance(config, PretrainedConfig):
-            config = cls.config_class.from_pretrained(config or name)  # type: ignore[attr-defined]
+            config = cls.config_class.from_pretrained(config or name, **hub_arguments(kwargs))  # type: ignore[attr-defined]
         kwargs["state_dict"] = read_all_tensors(name, base, kwargs)
         found = super().from_pretrained(None, *args, config=config, **kwargs)  # type: ignore[misc]
         model = found[0] if isinstance(found, tuple) else found
