@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,8 +48,9 @@ def atomic_folder(out: Path, num_bytes: int) -> Iterator[Path]:
         raise FoveateError(_no_space(out, num_bytes, f", and {_megabytes(free)} MB are free"))
     partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True)
-        with _removed_if_killed(partial):
+        # Watched before it is there: no moment is left in which it would stay.
+        with _removed_if_killed(partial, missing):
+            partial.mkdir(parents=True)
             yield partial
             _sync(partial)
             os.rename(partial, out)
@@ -66,13 +67,15 @@ def atomic_folder(out: Path, num_bytes: int) -> Iterator[Path]:
 
 
 @contextmanager
-def _removed_if_killed(folder: Path) -> Iterator[None]:
-    """A process that waits for the end of this one, whatever it dies of, and removes the folder if it is there."""
+def _removed_if_killed(folder: Path, parents: Sequence[Path]) -> Iterator[None]:
+    """A process that waits for the end of this one, whatever it dies of, and removes the folder if it is there, and
+    those of `parents` (the deepest first) that are empty."""
     shell = shutil.which("sh")
     if shell is None:
         yield
         return
-    command = [shell, "-c", 'cat > /dev/null; rm -rf -- "$1"', "sh", str(folder)]
+    clean = 'cat > /dev/null; rm -rf -- "$1"; shift; for parent; do rmdir -- "$parent" 2> /dev/null; done'
+    command = [shell, "-c", clean, "sh", str(folder), *map(str, parents)]
     # In a session of its own: an interrupt from the keyboard goes to all processes of this one.
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
         try:

@@ -6,6 +6,7 @@ Supported are 4.57.6 and 5.16 up to the newest. Each piece says which versions i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import transformers
@@ -66,10 +67,10 @@ def register_image_processor(config_class: type, image_processor_class: type) ->
     AutoImageProcessor.register(config_class, **classes)
 
 
-def clip_embeddings(vision_tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Input of the first layer of a `CLIPVisionModel`, (images, patches + 1, width)."""
+def clip_embeddings(vision_tower: nn.Module, *images: Any) -> torch.Tensor:
+    """Input of the first layer of a `CLIPVisionModel`, (images, patches + 1, width), of what its embeddings take."""
     tower = getattr(vision_tower, "vision_model", vision_tower)  # 4.57 keeps it one level down
-    return tower.pre_layrnorm(tower.embeddings(pixel_values))
+    return tower.pre_layrnorm(tower.embeddings(*images))
 
 
 def clip_layers(vision_tower: nn.Module) -> nn.ModuleList:
@@ -77,27 +78,10 @@ def clip_layers(vision_tower: nn.Module) -> nn.ModuleList:
     return getattr(vision_tower, "vision_model", vision_tower).encoder.layers
 
 
-def clip_patch_embeddings(vision_tower: nn.Module, patches: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Input of the first layer of a `CLIPVisionModel` for images that come as patches.
-
-    Args:
-        patches: (images, patches, values), the values of a patch in the order (channel, row, column).
-        positions: (images, 1 + patches, width), their position embeddings, the class token's first.
-
-    Returns:
-        (images, 1 + patches, width).
-    """
+def replace_clip_embeddings(vision_tower: nn.Module, make: Callable[[Any], nn.Module]) -> None:
+    """Gives a `CLIPVisionModel` other embeddings, with parameters of the same names."""
     tower = getattr(vision_tower, "vision_model", vision_tower)  # 4.57 keeps it one level down
-    embeddings = tower.embeddings
-    weight = embeddings.patch_embedding.weight.flatten(1)
-    found = nn.functional.linear(patches.to(weight.dtype), weight, embeddings.patch_embedding.bias)
-    class_token = embeddings.class_embedding.to(found.dtype).expand(len(found), 1, -1)
-    return tower.pre_layrnorm(torch.cat([class_token, found], dim=1) + positions)
-
-
-def clip_position_embeddings(vision_tower: nn.Module) -> torch.Tensor:
-    """(1 + patches, width), the class token's first."""
-    return getattr(vision_tower, "vision_model", vision_tower).embeddings.position_embedding.weight
+    tower.embeddings = make(tower.embeddings.config)
 
 
 def padding_mask(vision_tower: nn.Module, present: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,14 +9,14 @@ from transformers import Cache, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
 from ..configuration.configuration_llava_meteor import LlavaMeteorConfig
-from .compatibility import register_key_mapping
+from .compatibility import register_key_mapping, replace_clip_embeddings
 from .compressed_image import CompressedImage
 from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast, TokenProvenance
 from .compressor_meteor import FlashGlobalFusion, native_scores, visual_scores
 from .exact_count import CompressedImages, ExactCountGenerationMixin, PromptAgnosticModelMixin
 from .slice_layout import SliceLayout, slice_grid_of
 from .token_choice import choose_tokens, straight_through_gate
-from .vision_encoder_meteor import encode_views
+from .vision_encoder_meteor import SliceEmbeddings, encode_views
 
 
 ROLE_NAMES = ("discarded", "kept", "between slices")
@@ -33,6 +33,7 @@ class LlavaMeteorModel(PromptAgnosticModelMixin, LlavaModel):
 
     def __init__(self, config: LlavaMeteorConfig):
         super().__init__(config)
+        replace_clip_embeddings(self.vision_tower, SliceEmbeddings)
         self.compressor = FlashGlobalFusion(config.vision_config.hidden_size, config.compression.state_size)
         self.native_warmup = 1.0
         self.post_init()

@@ -4,17 +4,38 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from .clip_attention import class_correlation, split_heads
 from .compatibility import (
+    clip_embeddings,
     clip_layers,
-    clip_patch_embeddings,
-    clip_position_embeddings,
     padding_mask,
     run_attention,
     run_clip_layer,
 )
 from .slice_layout import SliceLayout
+
+
+class SliceEmbeddings(CLIPVisionEmbeddings):
+    """CLIP's embeddings of images that come as patches, in any shape: the position embeddings are interpolated."""
+
+    def forward(self, patches: torch.Tensor, layout: SliceLayout) -> torch.Tensor:  # type: ignore[override]
+        """
+        Args:
+            patches: (views, patches, values), the values of a patch in the order (channel, row, column).
+            layout: the shapes of the views.
+
+        Returns:
+            (views, 1 + patches, width).
+        """
+        # One row of patches a view, for the convolution that reads each by itself.
+        strips = patches.unflatten(2, (-1, self.patch_size, self.patch_size)).permute(0, 2, 3, 1, 4).flatten(3)
+        found = self.patch_embedding(strips.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        class_token = self.class_embedding.to(found.dtype).expand(len(found), 1, -1)
+        # By the module's forward, not its weight: whoever keeps weights elsewhere (accelerate) hooks into that.
+        table = self.position_embedding(self.position_ids)[0]
+        return torch.cat([class_token, found], dim=1) + _interpolated(table, layout)
 
 
 def encode_views(
@@ -23,7 +44,7 @@ def encode_views(
     """Encodes views; layers after `feature_layer` don't run.
 
     Args:
-        vision_tower: a `CLIPVisionModel`.
+        vision_tower: a `CLIPVisionModel` with [`SliceEmbeddings`].
         patches: (views, patches, values), shorter views padded behind.
         layout: the shapes of the views.
         feature_layer: how many layers run, at least one.
@@ -33,7 +54,7 @@ def encode_views(
         The features, (views, patches, width), and the attention of the class token to every patch in the last layer
         that runs, the mean over its heads, (views, patches) float32.
     """
-    hidden = clip_patch_embeddings(vision_tower, patches, _positions(vision_tower, layout))
+    hidden = clip_embeddings(vision_tower, patches, layout)
     present, mask = layout.present(), None
     if present is not None:
         present = nn.functional.pad(present, (1, 0), value=True)  # the class token
@@ -54,9 +75,9 @@ def encode_views(
     return hidden[:, 1:], class_row
 
 
-def _positions(vision_tower: nn.Module, layout: SliceLayout) -> torch.Tensor:
-    """(views, 1 + patches, width): the tower's position embeddings, interpolated to the shape of each view."""
-    weight = clip_position_embeddings(vision_tower)
+def _interpolated(weight: torch.Tensor, layout: SliceLayout) -> torch.Tensor:
+    """(views, 1 + patches, width): the position embeddings of a square, the class token's first, interpolated to the
+    shape of each view."""
     side = round((len(weight) - 1) ** 0.5)
     square = weight[1:].view(1, side, side, -1).permute(0, 3, 1, 2)
     shapes = list(dict.fromkeys(layout.shapes))

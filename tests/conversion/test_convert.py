@@ -572,15 +572,14 @@ time.sleep(60)
     @pytest.mark.parametrize("moment", [0, 1, 3, 7, 12, 19, 25])
     def test_leaves_nothing_or_the_whole(self, moment, tmp_path):
         pause = 0.01
-        out = tmp_path / "out"
+        out = tmp_path / "above" / "out"
         command = [sys.executable, "-c", self.SCRIPT, str(out), str(pause)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "started\n"
             time.sleep(moment * pause)
             process.kill()
+        nothing, whole = [], [out.parent, out, *(out / f"{index}.json" for index in range(20))]
         deadline = time.monotonic() + 20
-        while any(path != out for path in tmp_path.iterdir()) and time.monotonic() < deadline:
+        while (left := sorted(tmp_path.rglob("*"))) not in (nothing, sorted(whole)) and time.monotonic() < deadline:
             time.sleep(0.02)
-        left = list(tmp_path.iterdir())
-        assert left in ([], [out])
-        assert not left or len(list(out.iterdir())) == 20
+        assert left in (nothing, sorted(whole))
