@@ -74,15 +74,6 @@ VOCO_CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
 """
 
-#: What a card says of a checkpoint of ETC fresh from its conversion, and what is true of one of VoCo-LLaMA's.
-_CARD_OF_VOCO = {
-    "untrained: its new parameters are freshly initialised": "trained by VoCo-LLaMA (https://arxiv.org/abs/2406.12275)",
-    "It is untrained: until `foveate train` has run, its answers say nothing about the method.": (
-        "It was trained by VoCo-LLaMA's code and objective, not ETC's. Two things differ from that code: no line break "
-        "stands between an image and its compressed tokens, and later text sees the start token."
-    ),
-}
-
 _MODEL_TYPES = ("llava", "llava_llama")
 _ROWS = 64  # the embedding's number of rows is a multiple of it
 _SMALL_FILES_BYTES = 32_000_000
@@ -503,19 +494,17 @@ def _has_links(folder: Path) -> bool:
 
 
 def _fill_compressed_tokens(original: OriginalLlava, weights: StoredWeights, folder: Path) -> None:
-    """Makes every compressed token of a fresh `LlavaETC` the row of `<voco>`, and says so on its card."""
+    """Makes every compressed token of a fresh `LlavaETC` the row of `<voco>`, and says in its config whose it is."""
     name = "compressor.embeddings"
     path = folder / read_json(folder / SAFE_WEIGHTS_INDEX_NAME)["weight_map"][name]
-    number = read_json(folder / CONFIG_NAME)["compression"]["trained_tokens"]
+    config = read_json(folder / CONFIG_NAME)
+    number = config["compression"]["trained_tokens"]
     path.unlink()
     row = weights.read(_EMBEDDINGS)[original.voco_id].clone()
     rows = row.expand(number, -1)
     write_safetensors(path, [StreamedTensor(name, rows.dtype, tuple(rows.shape), lambda: [rows])])
+    _write_json({**config, "trained_by": "voco-llama"}, folder / CONFIG_NAME)
     write_card(folder, original.name, original.folder)
-    card = (folder / CARD_FILE).read_text(encoding="utf-8")
-    for fresh, trained in _CARD_OF_VOCO.items():
-        card = card.replace(fresh, trained)
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
     write_manifest(folder, original.name)
 
 

@@ -21,7 +21,7 @@ from ..registry import METHODS, Method
 from ..training.recipe import earlier_stages
 from .compression_table import table_of
 from .evaluation_files import read_evaluations
-from .method_texts import LIMITS, SUMMARIES
+from .method_texts import LIMITS, ORIGINS, SUMMARIES
 
 
 CARD_FILE = "README.md"
@@ -59,6 +59,7 @@ def write_card(
     title = f"{base_name} with {method.title}"
     license_fields = _read_license(source or folder, base_name)
     training, adapter = earlier_stages(folder), _adapter_of(folder)
+    origin = None if training else ORIGINS.get(config.get("trained_by"))
     data = ModelCardData(
         base_model=base_name if on_hub else None,
         library_name="transformers",
@@ -74,16 +75,16 @@ def write_card(
         title=title,
         method=_named(method),
         summary=SUMMARIES.get(method.name, ""),
-        state=_state(method, training),
+        state=origin[0] if origin else _state(method, training),
         missing_base=base_name if BASE_FIELDS[0] in config else None,
-        untrained=method.needs_training and not training,
+        untrained=method.needs_training and not training and not origin,
         table=table_of(folder),
         results=results,
         stages=[_stage_line(number, stage) for number, stage in sorted(training.items())],
         adapter=adapter,
         place=PLACE,
         settings=json.dumps(config["compression"], indent=2, sort_keys=True),
-        limits=LIMITS.get(method.name, ()),
+        limits=(*(origin or ())[1:], *LIMITS.get(method.name, ())),
         license=_license_line(license_fields),
         has_text_encoder="question_config" in config,
     )

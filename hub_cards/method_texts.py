@@ -45,6 +45,16 @@ SUMMARIES: dict[str, str] = {
     ),
 }
 
+#: What else than `foveate train` may have trained a checkpoint, by the config's `trained_by`: a card's words for its
+#: state, and a limit.
+ORIGINS: dict[str, tuple[str, str]] = {
+    "voco-llama": (
+        "trained by VoCo-LLaMA (https://arxiv.org/abs/2406.12275)",
+        "It was trained by VoCo-LLaMA's code and objective, not ETC's. Two things differ from that code: no line break "
+        "stands between an image and its compressed tokens, and later text sees the start token.",
+    ),
+}
+
 LIMITS: dict[str, tuple[str, ...]] = {
     "recoverable": (
         "How many tokens an image needs is known only when it has been seen (unless `num_visual_tokens` is set), and "

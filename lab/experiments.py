@@ -255,6 +255,45 @@ ETC = [
 ]
 
 
+# LLaVA-Meteor's Table 1, and its ablations of the scan, the experts and λ, on images of up to seven views.
+_METEOR_ABLATED = 16  # tokens a view
+
+
+def _meteor(tokens: int, label: str = "Meteor", name: str = "", **settings: Any) -> Measurement:
+    training = Training(f"meteor-{tokens}{name}-seed0", "meteor", {"num_visual_tokens": tokens, **settings})
+    shipped = None if name else f"tiny-llava-meteor-{tokens}"
+    return Measurement(f"meteor-{tokens}{name}", label, "lab-sliced-vqa", training=training, shipped=shipped)
+
+
+def _meteor_at(share: float) -> Measurement:
+    """The trained one, with another λ than it was trained at."""
+    row, name = _meteor(_METEOR_ABLATED, "Meteor, λ changed after training"), f"-asked-{100 * share:.0f}"
+    return replace(row, name=row.name + name, settings={"visual_share": share})
+
+
+METEOR = [
+    Measurement("sliced-base", "LLaVA, one square, uncompressed", "lab-sliced-vqa", method=None),
+    *[_meteor(tokens) for tokens in (36, 16, 8)],
+    *[
+        _meteor(_METEOR_ABLATED, f"Meteor, {label}", name, **settings)
+        for label, name, settings in (
+            ("single scan", "-single", {"scan": "single"}),
+            ("visual expert alone", "-visual", {"visual_share": 1.0}),
+            ("native expert alone", "-native", {"visual_share": 0.0}),
+            ("λ = 0.5", "-half", {"visual_share": 0.5}),
+        )
+    ],
+    *[_meteor_at(share) for share in (0.0, 0.2, 0.4, 0.6, 1.0)],
+    Measurement(
+        f"meteor-{_METEOR_ABLATED}-untrained",
+        "Meteor, as it begins",
+        "lab-sliced-vqa",
+        method="meteor",
+        settings={"num_visual_tokens": _METEOR_ABLATED},
+    ),
+]
+
+
 _WEIGHTS = {"bf16": "bfloat16", "8bit": "8 bits", "4bit": "4 bits", "int8": "int8 weights"}
 
 
@@ -309,6 +348,7 @@ MEASUREMENTS = [
     *QG_VTC,
     *MULTI_TURN,
     *ETC,
+    *METEOR,
     *QUANTIZED,
     Measurement("next", "LLaVA-NeXT, uncompressed", "lab-next-vqa", method=None, base="tiny-llava-next"),
     Measurement("qwen3vl", "Qwen3-VL, uncompressed", method=None, base="tiny-qwen3vl"),

@@ -335,6 +335,23 @@ def test_bitsandbytes_loads_and_generates(checkpoint, inputs_of, bits):
     assert output.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
+def test_torchao_loads_and_generates(checkpoint, inputs_of):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    model = AutoModelForImageTextToText.from_pretrained(
+        checkpoint, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=torch.bfloat16, device_map="cpu"
+    )
+    quantized = [name for name, weight in model.named_parameters() if type(weight).__module__.startswith("torchao")]
+    assert "model.language_model.layers.0.mlp.up_proj.weight" in quantized
+    left_out = [name for name in quantized if set(name.split(".")) & {*model.full_precision, "lm_head"}]
+    assert not left_out, "what sees and what compresses stays as it is"
+    inputs = inputs_of(*ROWS).to(torch.bfloat16)
+    output = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
 def test_placeholders_and_images_that_differ_are_refused(model, inputs_of):
     inputs = inputs_of(ROWS[0])
     places = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]

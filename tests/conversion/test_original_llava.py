@@ -36,6 +36,7 @@ from foveate.conversion import checkpoints, original_llava
 from foveate.conversion.safetensors_stream import StreamedTensor, write_checkpoint_weights
 from foveate.conversion.sentencepiece_model import llama_tokenizer, read_pieces
 from foveate.errors import FoveateError
+from foveate.hub_cards.card import write_card
 from foveate.hub_cards.verify import verify
 
 from .tiny_checkpoints import write_clip, write_llava
@@ -430,9 +431,14 @@ class TestAnImportedVoCoLlama:
         prompt = processor.apply_chat_template(CHAT, add_generation_prompt=True)
         assert re.fullmatch(r"<image>\nA chat .* of the image\. The .* questions\. USER: what .*\? ASSISTANT:", prompt)
 
-    def test_says_what_it_is_and_is_as_written(self, imported_voco):
+    def test_says_what_it_is_and_is_as_written(self, imported_voco, tmp_path):
         card = (imported_voco / "README.md").read_text()
         assert "trained by VoCo-LLaMA" in card and "untrained" not in card
+        again = shutil.copytree(imported_voco, tmp_path / "again")
+        (again / "README.md").unlink()
+        AutoModelForImageTextToText.from_pretrained(again).save_pretrained(again)
+        write_card(again, "voco", imported_voco)
+        assert (again / "README.md").read_text() == card
         assert "license: llama2" in card and "# voco with" in card
         assert verify(imported_voco, full=True).as_written
         assert all(path.stat().st_nlink == 1 for path in imported_voco.glob("*.safetensors"))
