@@ -259,31 +259,39 @@ ETC = [
 _METEOR_ABLATED = 16  # tokens a view
 
 
-def _meteor(tokens: int, label: str = "Meteor", name: str = "", **settings: Any) -> Measurement:
-    training = Training(f"meteor-{tokens}{name}-seed0", "meteor", {"num_visual_tokens": tokens, **settings})
-    shipped = None if name else f"tiny-llava-meteor-{tokens}"
-    return Measurement(f"meteor-{tokens}{name}", label, "lab-sliced-vqa", training=training, shipped=shipped)
+def _meteor_shipped(tokens: int) -> Measurement:
+    training = Training(f"meteor-{tokens}-seed0", "meteor", {"num_visual_tokens": tokens})
+    name = f"meteor-{tokens}"
+    return Measurement(name, "Meteor, as shipped", "lab-sliced-vqa", training=training, shipped=f"tiny-llava-{name}")
 
 
-def _meteor_at(share: float) -> Measurement:
-    """The trained one, with another λ than it was trained at."""
-    row, name = _meteor(_METEOR_ABLATED, "Meteor, λ changed after training"), f"-asked-{100 * share:.0f}"
-    return replace(row, name=row.name + name, settings={"visual_share": share})
+def _meteor(name: str, label: str, seeds: int = 2, **settings: Any) -> list[Measurement]:
+    """LLaVA-Meteor trained with these settings, once a seed."""
+    settings = {"num_visual_tokens": _METEOR_ABLATED, **settings}
+    trainings = [
+        Training(f"meteor-{_METEOR_ABLATED}{name}-seed{seed}", "meteor", settings, seed) for seed in range(seeds)
+    ]
+    return [
+        Measurement(training.name, f"Meteor, {label}", "lab-sliced-vqa", training=training) for training in trainings
+    ]
+
+
+def _meteor_asked_at(share: float) -> Measurement:
+    """The one that ships, with another λ than it was trained at."""
+    row = _meteor_shipped(_METEOR_ABLATED)
+    settings, label = {"visual_share": share}, "Meteor, λ changed after training"
+    return replace(row, name=f"{row.name}-asked-{100 * share:.0f}", label=label, settings=settings)
 
 
 METEOR = [
     Measurement("sliced-base", "LLaVA, one square, uncompressed", "lab-sliced-vqa", method=None),
-    *[_meteor(tokens) for tokens in (36, 16, 8)],
-    *[
-        _meteor(_METEOR_ABLATED, f"Meteor, {label}", name, **settings)
-        for label, name, settings in (
-            ("single scan", "-single", {"scan": "single"}),
-            ("visual expert alone", "-visual", {"visual_share": 1.0}),
-            ("native expert alone", "-native", {"visual_share": 0.0}),
-            ("λ = 0.5", "-half", {"visual_share": 0.5}),
-        )
-    ],
-    *[_meteor_at(share) for share in (0.0, 0.2, 0.4, 0.6, 1.0)],
+    *[_meteor_shipped(tokens) for tokens in (36, 16, 8)],
+    *_meteor("", "local-to-single scan, both experts"),
+    *_meteor("-single", "single scan, both experts", scan="single"),
+    *_meteor("-visual", "local-to-single scan, visual expert", visual_share=1.0),
+    *_meteor("-native", "local-to-single scan, native expert", visual_share=0.0),
+    *_meteor("-half", "local-to-single scan, both experts", 1, visual_share=0.5),
+    *[_meteor_asked_at(share) for share in (0.0, 0.2, 0.4, 0.6, 1.0)],
     Measurement(
         f"meteor-{_METEOR_ABLATED}-untrained",
         "Meteor, as it begins",

@@ -8,10 +8,8 @@ import pickle
 import random
 import re
 import shutil
-import struct
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from torch.nn import functional
 from transformers import (
     AutoModelForImageTextToText,
@@ -34,7 +34,7 @@ from foveate import LlavaETCForConditionalGeneration, convert, import_original
 from foveate.cli import app
 from foveate.conversion import checkpoints, original_llava
 from foveate.conversion.safetensors_stream import StreamedTensor, write_checkpoint_weights
-from foveate.conversion.sentencepiece_model import llama_tokenizer, read_pieces
+from foveate.conversion.sentencepiece_model import llama_tokenizer
 from foveate.errors import FoveateError
 from foveate.hub_cards.card import write_card
 from foveate.hub_cards.verify import verify
@@ -53,24 +53,6 @@ CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text":
 PROMPT = "USER: <image>\nwhat colour is it? ASSISTANT:"
 
 
-def field(number: int, value) -> bytes:
-    """A field of a protocol buffer."""
-    if isinstance(value, float):
-        return varint(number << 3 | 5) + struct.pack("<f", value)
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    value = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def varint(number: int) -> bytes:
-    found = b""
-    while number > 127:
-        found += bytes([number & 127 | 128])
-        number >>= 7
-    return found + bytes([number])
-
-
 def vocabulary(joined: list[str] = JOINED, letters: list[str] = LETTERS) -> list[tuple[str, float, int]]:
     """Piece, score and kind, in the order of Llama's: what joins first has the best score, letters have the worst."""
     special = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
@@ -78,31 +60,14 @@ def vocabulary(joined: list[str] = JOINED, letters: list[str] = LETTERS) -> list
     return special + in_bytes + [(text, -float(rank), 1) for rank, text in enumerate([*joined, *letters])]
 
 
-def write_sentencepiece(path: Path, model_type: int = 2, entries: list | None = None) -> None:
-    pieces = []
-    for text, score, kind in entries or vocabulary():
-        entry = field(1, text) + field(2, score) + (field(3, kind) if kind != 1 else b"")
-        pieces.append(field(1, entry))
-    path.write_bytes(b"".join(pieces) + field(2, field(3, model_type)) + field(3, field(1, "identity")))
-
-
-def sentencepiece_ids(text: str, entries: list | None = None) -> list[int]:
-    """What sentencepiece does with Llama's kind of model: of all neighbours those that make the best piece join."""
-    entries = entries or vocabulary()
-    ids = {piece: number for number, (piece, _, _) in enumerate(entries)}
-    scores = {piece: score for piece, score, kind in entries if kind == 1}
-    parts = list("▁" + text.replace(" ", "▁"))
-    while True:
-        pairs = [(scores.get(left + right), -i) for i, (left, right) in enumerate(pairwise(parts))]
-        best = max((pair for pair in pairs if pair[0] is not None), default=None)
-        if best is None:
-            break
-        place = -best[1]
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
-    found = []
-    for part in parts:
-        found += [ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()]
-    return found
+def write_sentencepiece(path: Path, kind: int = TrainerSpec.BPE, entries: list | None = None) -> None:
+    model = ModelProto()
+    for text, score, type_ in entries or vocabulary():
+        model.pieces.add(piece=text, score=score, type=type_)
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = kind, True
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.remove_extra_whitespaces = False
+    path.write_bytes(model.SerializeToString())
 
 
 VOCABULARY = len(vocabulary())
@@ -274,7 +239,8 @@ class TestAnImportedLlava:
         assert not any(info.values()), info
         assert isinstance(model, LlavaForConditionalGeneration)
         inputs = AutoProcessor.from_pretrained(imported)(text=PROMPT, images=picture(), return_tensors="pt")
-        before, after = ([1, *sentencepiece_ids("USER: ")], sentencepiece_ids("\nwhat colour is it? ASSISTANT:"))
+        tokenizer = SentencePieceProcessor(str(originals / "llava" / "tokenizer.model"))
+        before, after = [1, *tokenizer.encode("USER: ")], tokenizer.encode("\nwhat colour is it? ASSISTANT:")
         image_id = model.config.image_token_index if hasattr(model.config, "image_token_index") else VOCABULARY
         assert inputs.input_ids[0].tolist() == [*before, *[image_id] * PATCHES, *after]
         expected = original.run([original.embed(before), original.see(inputs.pixel_values), original.embed(after)])
@@ -409,7 +375,8 @@ class TestAnImportedVoCoLlama:
         model.set_compression(processor=processor, num_visual_tokens=number)
         prompt = processor.apply_chat_template(CHAT, add_generation_prompt=True)
         inputs = processor(text=prompt, images=picture(), return_tensors="pt")
-        before, after = [1], sentencepiece_ids(prompt.removeprefix("<image>"))
+        tokenizer = SentencePieceProcessor(str(originals / "voco" / "tokenizer.model"))
+        before, after = [1], tokenizer.encode(prompt.removeprefix("<image>"))
         parts = [original.embed(before), original.see(inputs.pixel_values)]
         parts += [original.embed([VOCABULARY] * number), original.embed(after)]
         length = sum(map(len, parts))
@@ -464,8 +431,8 @@ class TestTheTokenizer:
         "text", ["what colour is it?", "USER: what", "  what   is", "", "whatwhat hat", "é 🦎\n\nwhat", "AAAA SESE"]
     )
     def test_joins_as_sentencepiece_does(self, text, originals):
-        tokenizer = llama_tokenizer(originals / "llava" / "tokenizer.model")
-        expected = sentencepiece_ids(text) if text else []
+        path = originals / "llava" / "tokenizer.model"
+        tokenizer, expected = llama_tokenizer(path), SentencePieceProcessor(str(path)).encode(text)
         assert tokenizer.encode(text).ids == [1, *expected]
         assert tokenizer.decode(expected) == text
 
@@ -482,12 +449,14 @@ class TestTheTokenizer:
         entries = vocabulary(joined, letters)
         write_sentencepiece(tmp_path / "tokenizer.model", entries=entries)
         tokenizer = llama_tokenizer(tmp_path / "tokenizer.model")
+        original = SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
         for text in ("".join(draw.choices("abcdefgh ", k=30)) for _ in range(40)):
-            assert tokenizer.encode(text).ids == [1, *sentencepiece_ids(text, entries)]
+            assert tokenizer.encode(text).ids == [1, *original.encode(text)]
 
-    def test_reads_every_piece(self, originals):
-        pieces = read_pieces(originals / "llava" / "tokenizer.model")
-        assert [(piece.text, piece.score, piece.kind) for piece in pieces] == vocabulary()
+    def test_says_what_reads_it(self, originals, monkeypatch):
+        monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+        with pytest.raises(FoveateError, match=r"pip install 'foveate\[import\]'"):
+            llama_tokenizer(originals / "llava" / "tokenizer.model")
 
 
 def test_large_checkpoints_are_several_files(tmp_path):
@@ -643,7 +612,7 @@ class TestRefused:
         path = llava / "tokenizer.model"
         path.write_bytes(path.read_bytes()[:100])
         assert_refused(out, "tokenizer.model is damaged", llava)
-        write_sentencepiece(path, model_type=1)
+        write_sentencepiece(path, TrainerSpec.UNIGRAM)
         assert_refused(out, "is no byte pair encoding", llava)
         path.unlink()
         assert_refused(out, "has no tokenizer", llava)
