@@ -59,13 +59,14 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 
-# The oldest supported Transformers is tested with the oldest of everything else.
+# The oldest supported Transformers is tested with the oldest of everything else. `make test` is without torchao: on the
+# newest torch it warns on import, of torch, into the output of every command.
 .venv-4.57.6/.installed-test: OLDEST := --constraint tests/lower-bounds.txt
 
 .venv-%/.installed-test: setup.cfg pyproject.toml tests/lower-bounds.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --upgrade pip
-	.venv-$*/bin/python -m pip install --quiet $(OLDEST) 'transformers==$*' --editable '.[test]'
+	.venv-$*/bin/python -m pip install --quiet $(OLDEST) 'transformers==$*' --editable '.[test,int8]'
 	touch $@
 
 clean:

@@ -20,10 +20,11 @@ from rich.table import Table
 from transformers import CLIPVisionModel, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
+from ..modeling.compatibility import replace_clip_embeddings
 from ..modeling.compressor_meteor import FlashGlobalFusion, native_scores, visual_scores
 from ..modeling.slice_layout import SliceLayout
 from ..modeling.token_choice import choose_tokens
-from ..modeling.vision_encoder_meteor import encode_views
+from ..modeling.vision_encoder_meteor import SliceEmbeddings, encode_views
 from ..processing.image_slices import SliceGrid
 from .benchmarking import Shapes, command_parser, conditions, describe, parse, spread, take_turns, timed
 
@@ -45,7 +46,9 @@ class _Bench:
     def __init__(self, shapes: Shapes, batch_size: int, dtype: torch.dtype):
         torch.manual_seed(0)
         self.shapes, self.side = shapes, shapes.image_size // shapes.patch_size
-        self.tower = CLIPVisionModel._from_config(shapes.vision_config).to(dtype).eval()
+        self.tower = CLIPVisionModel._from_config(shapes.vision_config)
+        replace_clip_embeddings(self.tower, SliceEmbeddings)
+        self.tower.to(dtype).eval()
         self.fusion = FlashGlobalFusion(shapes.width, STATE_SIZE).to(dtype).eval()
         self.fusion.reset_parameters()
         config = MambaConfig(hidden_size=shapes.width, state_size=STATE_SIZE, expand=1, num_hidden_layers=1)

@@ -265,7 +265,7 @@ def _meteor_shipped(tokens: int) -> Measurement:
     return Measurement(name, "Meteor, as shipped", "lab-sliced-vqa", training=training, shipped=f"tiny-llava-{name}")
 
 
-def _meteor(name: str, label: str, seeds: int = 2, **settings: Any) -> list[Measurement]:
+def _meteor(name: str, label: str, seeds: int = 1, **settings: Any) -> list[Measurement]:
     """LLaVA-Meteor trained with these settings, once a seed."""
     settings = {"num_visual_tokens": _METEOR_ABLATED, **settings}
     trainings = [
@@ -286,11 +286,10 @@ def _meteor_asked_at(share: float) -> Measurement:
 METEOR = [
     Measurement("sliced-base", "LLaVA, one square, uncompressed", "lab-sliced-vqa", method=None),
     *[_meteor_shipped(tokens) for tokens in (36, 16, 8)],
-    *_meteor("", "local-to-single scan, both experts"),
+    *_meteor("", "local-to-single scan, both experts", 2),
     *_meteor("-single", "single scan, both experts", scan="single"),
     *_meteor("-visual", "local-to-single scan, visual expert", visual_share=1.0),
     *_meteor("-native", "local-to-single scan, native expert", visual_share=0.0),
-    *_meteor("-half", "local-to-single scan, both experts", 1, visual_share=0.5),
     *[_meteor_asked_at(share) for share in (0.0, 0.2, 0.4, 0.6, 1.0)],
     Measurement(
         f"meteor-{_METEOR_ABLATED}-untrained",
