@@ -5,9 +5,12 @@ import dataclasses
 import itertools
 import re
 
+import accelerate
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from foveate.modeling.compatibility import TRANSFORMERS_5
 
 from ..conftest import UNLIKE_THE_STOCK_MODEL, reads_question
 from .conftest import ROWS, Row, images_in, picture, prompt_for
@@ -301,20 +304,37 @@ def test_lora_wraps_trains_and_generates(checkpoint, inputs_of):
     assert output.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
-@pytest.mark.parametrize("fits", ["half of it", "nothing"])
-def test_accelerate_places_the_parts_and_leaves_some_on_disk(checkpoint, model, inputs_of, tmp_path, fits):
+@pytest.fixture
+def offloadable(model):
+    """A model whose base can leave its weights elsewhere."""
+    if not TRANSFORMERS_5 and hasattr(model.model, "visual"):
+        pytest.skip("the Qwen3-VL of Transformers 4.57 mixes up weights that are offloaded")
+    return model
+
+
+def test_accelerate_places_the_parts_and_leaves_some_on_disk(checkpoint, offloadable, inputs_of, tmp_path):
     """Where memory is short: no block is split, and what is fetched when it is needed gives the same."""
-    limit = sum(parameter.nbytes for parameter in model.parameters()) // 2 if fits == "half of it" else 1
+    limit = sum(parameter.nbytes for parameter in offloadable.parameters()) * 3 // 4
     offloaded = AutoModelForImageTextToText.from_pretrained(
         checkpoint, dtype=torch.float32, device_map="auto", max_memory={"cpu": limit}, offload_folder=tmp_path
     ).eval()
     assert "disk" in offloaded.hf_device_map.values()
     inputs = inputs_of(*ROWS)
-    text = at_text(inputs, model)
-    torch.testing.assert_close(logits_of(offloaded, inputs)[text], logits_of(model, inputs)[text])
-    if fits == "half of it":  # Transformers' own LLaVA-NeXT doesn't generate with its newline on disk
-        found, expected = (part.generate(**inputs, max_new_tokens=3, pad_token_id=0) for part in (offloaded, model))
-        assert torch.equal(found, expected)
+    text = at_text(inputs, offloadable)
+    torch.testing.assert_close(logits_of(offloaded, inputs)[text], logits_of(offloadable, inputs)[text])
+    found, expected = (part.generate(**inputs, max_new_tokens=3, pad_token_id=0) for part in (offloaded, offloadable))
+    assert torch.equal(found, expected)
+
+
+def test_every_part_is_found_on_disk(checkpoint, offloadable, inputs_of, tmp_path):
+    """What compresses, too: by its modules' forward, where accelerate fetches weights. (Generation is left out, for
+    Transformers' own LLaVA-NeXT asks for its newline outside of it.)"""
+    stored = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    stored = accelerate.disk_offload(stored, tmp_path)
+    assert all(parameter.is_meta for parameter in stored.parameters())
+    inputs = inputs_of(*ROWS)
+    text = at_text(inputs, offloadable)
+    torch.testing.assert_close(logits_of(stored, inputs)[text], logits_of(offloadable, inputs)[text])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
