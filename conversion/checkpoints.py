@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
+import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -164,7 +166,13 @@ def stored_dtype(shards: Iterable[Shard]) -> torch.dtype:
 
 
 def read_tensors(folder: Path, names: Collection[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Those of the named tensors that a checkpoint has, as `dtype`, read by key."""
+    """Those of the named tensors that a checkpoint has, as `dtype`, read by key.
+
+    `pytorch_model.bin` is read where there is no safetensors file, without running pickled code.
+    """
+    if not _has_safetensors(folder) and (folder / WEIGHTS_NAME).exists():
+        stored = _read_pickled(folder / WEIGHTS_NAME)
+        return {name: stored[name].to(dtype).contiguous() for name in names if name in stored}
     tensors = {}
     for shard in read_shards(folder):
         with safe_open(shard.path, framework="pt") as file:
@@ -246,3 +254,11 @@ def _parse_header(header: bytes) -> dict[str, StoredTensor]:
 
 def _raise_truncated(path: Path, expected: str, found: int) -> None:
     raise FoveateError(f"{path} is truncated: expected {expected} bytes, found {found}; download it again.")
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        # Mapped, only what is chosen is read; files of before PyTorch 1.6 can't be.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise FoveateError(f"{path} can't be read safely ({type(error).__name__}): download it again.") from error
