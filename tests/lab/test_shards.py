@@ -93,8 +93,9 @@ def test_what_ships_is_small_and_answers(name):
     """Far above what guessing gives; the measured accuracy is in lab/RESULTS.md."""
     from foveate.lab.experiments import WEIGHTS
 
-    assert sum(path.stat().st_size for path in (WEIGHTS / name).rglob("*") if path.is_file()) < 1_500_000
     in_slices = "-meteor-" in name
+    limit = 1_500_000 if in_slices else 1_000_000  # Meteor's trains a projector, two blocks and adapters twice as wide
+    assert sum(path.stat().st_size for path in (WEIGHTS / name).rglob("*") if path.is_file()) < limit
     result = evaluate(
         f"lab:{name}", "lab-sliced-vqa" if in_slices else "lab-vqa", limit=60, dtype="float32", progress=False
     )
