@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
-import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +49,16 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a safetensors header says of a tensor; `dtype` is the format's name for it ("BF16")."""
+    """What a safetensors header says of a tensor.
+
+    Attributes:
+        dtype: the format's name for it ("BF16").
+        start: the byte of the file that it begins with.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    start: int
     num_bytes: int
 
 
@@ -165,21 +169,6 @@ def stored_dtype(shards: Iterable[Shard]) -> torch.dtype:
     return _DTYPES[values.most_common(1)[0][0]] if values else torch.float32
 
 
-def read_tensors(folder: Path, names: Collection[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Those of the named tensors that a checkpoint has, as `dtype`, read by key.
-
-    `pytorch_model.bin` is read where there is no safetensors file, without running pickled code.
-    """
-    if not _has_safetensors(folder) and (folder / WEIGHTS_NAME).exists():
-        stored = _read_pickled(folder / WEIGHTS_NAME)
-        return {name: stored[name].to(dtype).contiguous() for name in names if name in stored}
-    tensors = {}
-    for shard in read_shards(folder):
-        with safe_open(shard.path, framework="pt") as file:
-            tensors.update({name: file.get_tensor(name).to(dtype) for name in names if name in shard.tensors})
-    return tensors
-
-
 def content_hash(folder: Path) -> str:
     """The first 16 hex digits of a SHA-256 over a checkpoint's config and weight files, wherever they lie."""
     digest = hashlib.sha256()
@@ -236,29 +225,21 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise FoveateError(f"{path} is not a safetensors file (a Git LFS pointer, perhaps): download it again.")
         if size < 8 + header_bytes:
             _raise_truncated(path, f"at least {8 + header_bytes}", size)
-        tensors = _parse_header(file.read(header_bytes))
+        tensors = _parse_header(file.read(header_bytes), 8 + header_bytes)
     expected = 8 + header_bytes + sum(tensor.num_bytes for tensor in tensors.values())
     if size < expected:
         _raise_truncated(path, str(expected), size)
     return tensors
 
 
-def _parse_header(header: bytes) -> dict[str, StoredTensor]:
+def _parse_header(header: bytes, header_end: int) -> dict[str, StoredTensor]:
     tensors = {}
     for key, entry in json.loads(header).items():
         if key != "__metadata__":
             start, end = entry["data_offsets"]
-            tensors[key] = StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start)
+            tensors[key] = StoredTensor(entry["dtype"], tuple(entry["shape"]), header_end + start, end - start)
     return tensors
 
 
 def _raise_truncated(path: Path, expected: str, found: int) -> None:
     raise FoveateError(f"{path} is truncated: expected {expected} bytes, found {found}; download it again.")
-
-
-def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        # Mapped, only what is chosen is read; files of before PyTorch 1.6 can't be.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise FoveateError(f"{path} can't be read safely ({type(error).__name__}): download it again.") from error

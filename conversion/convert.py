@@ -13,14 +13,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import (
     CONFIG_NAME,
@@ -49,7 +48,8 @@ from .checkpoints import (
     require_tokenizer,
     stored_dtype,
 )
-from .file_copy import copy_file, link_file
+from .file_copy import copy_files, link_file
+from .safetensors_stream import StreamedTensor, write_safetensors
 from .text_encoder import CLIP_MODULES, TextEncoder, open_text_encoder
 
 
@@ -137,13 +137,14 @@ def convert(
     processor = _make_processor(stock_processor, backbone, encoder, config)
 
     shards = _read_base_weights(source)
-    new = _read_or_draw_parameters(source, backbone, encoder, config, stored_dtype(shards))
+    new = _stream_or_draw_parameters(source, backbone, encoder, config, stored_dtype(shards))
 
     copied = [] if layout == "adapter" else shards
     num_bytes = (0 if link else sum(shard.num_bytes for shard in copied)) + _num_bytes(new) + _SMALL_FILES_BYTES
     with atomic_folder(out, num_bytes) as folder:
         if layout == "adapter":
-            _write_new_weights(new, folder / SAFE_WEIGHTS_NAME)
+            if new:
+                write_safetensors(folder / SAFE_WEIGHTS_NAME, new)
         else:
             _write_weights(shards, new, folder, link, progress)
         _write_config(source, config, folder, _address_of(source) if layout == "adapter" else {})
@@ -272,29 +273,32 @@ def _read_base_weights(base: BaseCheckpoint) -> list[Shard]:
     return shards
 
 
-def _read_or_draw_parameters(
+def _stream_or_draw_parameters(
     base: BaseCheckpoint, backbone: Backbone, encoder: TextEncoder | None, config: Any, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """What the method's model has and the base's has not: read from CLIP, or, where the method trains it, drawn as the
+) -> list[StreamedTensor]:
+    """What the method's model has and the base's has not: from CLIP, or, where the method trains it, drawn as the
     model itself begins (seed 0)."""
     with torch.device("meta"):  # models without memory
         stock, compressed = AutoModel.from_config(base.config), backbone.model_class(config)
     of_stock = {name.partition(".")[0] for name in stock.state_dict()}
     added = {name: t for name, t in compressed.state_dict().items() if name.partition(".")[0] not in of_stock}
     from_clip = {name: tuple(t.shape) for name, t in added.items() if name.partition(".")[0] in CLIP_MODULES}
-    parameters = encoder.read_parameters(from_clip, dtype) if encoder else {}
+    parameters = encoder.stream_parameters(from_clip, dtype) if encoder else []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for module in sorted({name.partition(".")[0] for name in added.keys() - from_clip.keys()}):
             drawn = getattr(compressed, module).to_empty(device="cpu")
             drawn.apply(compressed._init_weights)
-            parameters |= {f"{module}.{name}": tensor.to(dtype) for name, tensor in drawn.state_dict().items()}
+            parameters += [
+                StreamedTensor(f"{module}.{name}", dtype, tuple(tensor.shape), lambda tensor=tensor: [tensor])
+                for name, tensor in drawn.state_dict().items()
+            ]
     # Older layouts name a module of the model without a head as it is, newer ones as the model with a head does.
     whole = all(name.startswith("model.") for name in PUBLISHED_NAMES.get(base.config.model_type, ("",)))
-    return {f"model.{name}": tensor for name, tensor in parameters.items()} if whole else parameters
+    return [replace(tensor, name=f"model.{tensor.name}") for tensor in parameters] if whole else parameters
 
 
-def _write_weights(shards: list[Shard], new: dict[str, torch.Tensor], folder: Path, link: bool, progress: bool) -> None:
+def _write_weights(shards: list[Shard], new: list[StreamedTensor], folder: Path, link: bool, progress: bool) -> None:
     """Copies or links the base's weight files, writes one for the new parameters, and the index of all.
 
     The files are numbered as Transformers numbers shards, so that a later `save_pretrained` into the folder replaces
@@ -302,30 +306,22 @@ def _write_weights(shards: list[Shard], new: dict[str, torch.Tensor], folder: Pa
     """
     number = len(shards) + bool(new)
     names = [f"model-{index:05d}-of-{number:05d}.safetensors" for index in range(1, number + 1)]
-    weight_map: dict[str, str] = {}
-    with _progress_bar(sum(shard.num_bytes for shard in shards), progress and not link) as advance:
-        for shard, name in zip(shards, names):
-            if link:
-                link_file(shard.path, folder / name)
-            else:
-                copy_file(shard.path, folder / name, advance)
-            weight_map.update(dict.fromkeys(shard.tensors, name))
-    if clash := sorted(weight_map.keys() & new.keys()):
+    copies = {shard.path: folder / name for shard, name in zip(shards, names)}
+    if link:
+        for source, target in copies.items():
+            link_file(source, target)
+    else:
+        with _progress_bar(sum(shard.num_bytes for shard in shards), progress) as advance:
+            copy_files(copies, advance)
+    weight_map = {tensor: name for shard, name in zip(shards, names) for tensor in shard.tensors}
+    added = [tensor.name for tensor in new]
+    if clash := sorted(weight_map.keys() & set(added)):
         raise FoveateError(f"The base has a tensor {clash[0]} already: is it a compressed model's?")
     if new:
-        _write_new_weights(new, folder / names[-1])
-        weight_map.update(dict.fromkeys(new, names[-1]))
+        write_safetensors(folder / names[-1], new)
+        weight_map.update(dict.fromkeys(added, names[-1]))
     total_size = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors.values()) + _num_bytes(new)
     _write_json({"metadata": {"total_size": total_size}, "weight_map": weight_map}, folder / SAFE_WEIGHTS_INDEX_NAME)
-
-
-def _write_new_weights(new: dict[str, torch.Tensor], path: Path) -> None:
-    if not new:
-        return
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(new, path, metadata={"format": "pt"})
-    path.chmod(mode)  # safetensors lets the owner alone read what it writes
 
 
 @contextmanager
@@ -377,5 +373,5 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+def _num_bytes(tensors: Iterable[StreamedTensor]) -> int:
+    return sum(tensor.num_bytes for tensor in tensors)

@@ -1,10 +1,11 @@
-"""A checkpoint's tensors, safetensors or pickled, of which one at a time is in memory."""
+"""A checkpoint's tensors, safetensors or pickled, of which one at a time, or a piece of one, is in memory."""
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +20,22 @@ from .safetensors_stream import DTYPE_NAMES, StreamedTensor
 
 _PICKLED_SHARDS = "pytorch_model-*.bin"
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a tensor before it is read; `dtype` is `None` for one that holds no floating-point numbers."""
+    """What is known of a tensor before it is read.
+
+    Attributes:
+        dtype: `None` for one that holds no floating-point numbers.
+        start: the byte of the file that it begins with; `None` in a pickled one.
+    """
 
     path: Path
     dtype: torch.dtype | None
     shape: tuple[int, ...]
+    start: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,26 @@ class StoredWeights:
                 return file.get_tensor(name)
         return _map_pickled(path)[name]
 
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor's values, flat, a few megabytes after the other; of a pickled one, all at once."""
+        entry = self.entries[name]
+        if entry.dtype is None or entry.start is None:
+            yield self.read(name).reshape(-1)
+            return
+        left = math.prod(entry.shape) * entry.dtype.itemsize
+        # Read and not mapped: a mapped file counts as the process's memory.
+        with entry.path.open("rb") as file:
+            file.seek(entry.start)
+            while left:
+                piece = bytearray(min(left, _PIECE_BYTES))
+                if file.readinto(piece) != len(piece):
+                    raise FoveateError(f"{entry.path} ends within the tensor {name}: download it again.")
+                yield torch.frombuffer(piece, dtype=entry.dtype)
+                left -= len(piece)
+
     def stream(self, name: str, new_name: str, dtype: torch.dtype) -> StreamedTensor:
         """A tensor under another name, and as another dtype."""
-        return StreamedTensor(new_name, dtype, self.entries[name].shape, lambda: [self.read(name)])
+        return StreamedTensor(new_name, dtype, self.entries[name].shape, lambda: self.pieces(name))
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises `FoveateError` where there is no such tensor of this shape."""
@@ -84,7 +109,7 @@ def open_weights(name: str | Path, folder: Path) -> StoredWeights:
     fetch_weights(name, folder, pickled=True)
     if any((folder / file).exists() for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         entries = {
-            key: Entry(shard.path, _DTYPES.get(tensor.dtype), tensor.shape)
+            key: Entry(shard.path, _DTYPES.get(tensor.dtype), tensor.shape, tensor.start)
             for shard in read_shards(folder)
             for key, tensor in shard.tensors.items()
         }

@@ -11,7 +11,9 @@ import torch
 from transformers import AutoTokenizer, CLIPConfig
 
 from ..errors import FoveateError, first_sentence
-from .checkpoints import fetch_weights, find_checkpoint, read_config, read_tensors, require_tokenizer
+from .checkpoints import find_checkpoint, read_config, require_tokenizer
+from .safetensors_stream import StreamedTensor
+from .stored_weights import open_weights
 
 
 QUESTION_ENCODER = "question_encoder"
@@ -34,8 +36,8 @@ class TextEncoder:
     config: Any
     tokenizer: Any
 
-    def read_parameters(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Parameters of a compressed model, read by key, without building the CLIP model.
+    def stream_parameters(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[StreamedTensor]:
+        """Parameters of a compressed model, to be read by key when they are written, without building the CLIP model.
 
         Args:
             shapes: by the names that they have in the compressed model.
@@ -44,28 +46,25 @@ class TextEncoder:
         Raises:
             FoveateError: weights that are damaged, incomplete or of another shape.
         """
-        fetch_weights(self.name, self.folder, pickled=True)
-        stored = read_tensors(self.folder, [_clip_name(name) for name in shapes], dtype)
-        parameters = {}
+        stored = open_weights(self.name, self.folder)
         for name, shape in shapes.items():
-            clip_name = _clip_name(name)
-            tensor = stored.get(clip_name)
-            if tensor is None:
+            entry = stored.entries.get(clip_name := _clip_name(name))
+            if entry is None:
                 raise FoveateError(
                     f"{self.name} has no '{clip_name}': the text encoder has to be a whole CLIP checkpoint, with both "
                     "projections, not one tower alone."
                 )
-            if tuple(tensor.shape) != shape:
+            if entry.shape != shape:
                 raise FoveateError(
-                    f"{self.name}'s {clip_name} is {tuple(tensor.shape)}, and {shape} is needed: take the CLIP that "
+                    f"{self.name}'s {clip_name} is {entry.shape}, and {shape} is needed: take the CLIP that "
                     "the base's vision tower came from."
                 )
-            parameters[name] = tensor
-        return parameters
+            stored.require(clip_name, shape)
+        return [stored.stream(_clip_name(name), name, dtype) for name in shapes]
 
 
 def open_text_encoder(name: str | Path) -> TextEncoder:
-    """Reads config and tokenizer of a CLIP checkpoint; its weights wait for `read_parameters`.
+    """Reads config and tokenizer of a CLIP checkpoint; its weights wait for `stream_parameters`.
 
     Raises:
         FoveateError: there is no such checkpoint, or it is no CLIP.

@@ -43,6 +43,7 @@ _PUBLISHED = (  # how Transformers names a module, and how published checkpoints
     ("model.vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
+_LIBRARIES = "from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin"  # torch comes with them
 _TICK = 0.02  # seconds between two looks at a process
 _BLOCK = np.random.default_rng(0).bytes(1 << 24)
 
@@ -103,17 +104,19 @@ def run(command: list[str], kill_after: float | None = None) -> dict[str, Any]:
     """Runs a process to its end, or kills it.
 
     Returns:
-        `seconds`, `peak_bytes` (most memory that was resident), `killed`.
+        `seconds`, `peak_bytes` (most memory that was resident), `own_bytes` (most of it that no file backs, which the
+        system could drop when memory is short), `killed`.
 
     Raises:
         FoveateError: it failed.
     """
     # Its words go to a file, for a pipe that nobody reads fills up.
     with tempfile.TemporaryFile() as words:
-        started, peak_bytes, killed = time.perf_counter(), 0, False
+        started, peak_bytes, own_bytes, killed = time.perf_counter(), 0, 0, False
         process = subprocess.Popen(command, stdout=words, stderr=words)
         while process.poll() is None:
-            peak_bytes = max(peak_bytes, _peak_memory(process.pid))
+            resident, own = _memory(process.pid)
+            peak_bytes, own_bytes = max(peak_bytes, resident), max(own_bytes, own)
             if kill_after is not None and not killed and time.perf_counter() - started > kill_after:
                 process.kill()
                 killed = True
@@ -122,18 +125,23 @@ def run(command: list[str], kill_after: float | None = None) -> dict[str, Any]:
         if process.returncode not in (0, -signal.SIGKILL):
             words.seek(0)
             raise FoveateError(f"{' '.join(command)} failed: {words.read().decode(errors='replace')[-500:]}")
-    return {"seconds": seconds, "peak_bytes": peak_bytes, "killed": process.returncode != 0}
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak_bytes,
+        "own_bytes": own_bytes,
+        "killed": process.returncode != 0,
+    }
 
 
-def _peak_memory(pid: int) -> int:
-    """Most bytes that were resident so far. (What the system tells of a process that has ended begins with what its
-    parent had.)"""
+def _memory(pid: int) -> tuple[int, int]:
+    """Most bytes that were resident so far, and those now that no file backs. (What the system tells of a process that
+    has ended begins with what its parent had.)"""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:  # it has ended, or there is no /proc
-        return 0
-    lines = (line.split() for line in status.splitlines() if line.startswith("VmHWM:"))
-    return next((int(line[1]) * 1024 for line in lines), 0)
+        return 0, 0
+    kilobytes = {line.split()[0]: int(line.split()[1]) for line in status.splitlines() if line.endswith(" kB")}
+    return 1024 * kilobytes.get("VmHWM:", 0), 1024 * kilobytes.get("RssAnon:", 0)
 
 
 def is_whole(folder: Path) -> bool:
@@ -165,8 +173,11 @@ def benchmark(
         command += ["--text-encoder", str(clip)]
     files = [str(shard.path) for shard in read_shards(base)]
     found: dict[str, Any] = {"base_bytes": sum(shard.num_bytes for shard in read_shards(base))}
-    # What a process holds, and takes, before it has converted anything.
-    found["import"] = run([sys.executable, "-c", f"import {__package__.rpartition('.')[0]}.conversion.convert"])
+    # What a process holds, and takes, before it has converted anything: the libraries, and foveate with them.
+    package = f"import {__package__.rpartition('.')[0]}"
+    run([sys.executable, "-c", package])  # the files that are imported come from the disk's cache from now on
+    found["libraries"] = run([sys.executable, "-c", _LIBRARIES])
+    found["import"] = run([sys.executable, "-c", package])
     (work / "cp").mkdir()
     os.sync()
     found["cp"] = run(["cp", *files, str(work / "cp")])
@@ -197,14 +208,21 @@ def _outcome(work: Path, out: Path, killed: bool) -> str:
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table("", "seconds", "peak memory", box=None, pad_edge=False)
-    names = {"cp": "cp", "import": "import foveate", "copy": "foveate convert", "link": "foveate convert --link"}
+    table = Table("", "seconds", "peak memory", "without mapped files", box=None, pad_edge=False)
+    names = {
+        "cp": "cp",
+        "libraries": "import torch and Transformers",
+        "import": "import foveate",
+        "copy": "foveate convert",
+        "link": "foveate convert --link",
+    }
     for name, words in names.items():
         part = result[name]
         table.add_row(
             words,
             f"{part['seconds']:.1f}",
             f"{part['peak_bytes'] / 1e6:.0f} MB",
+            f"{part['own_bytes'] / 1e6:.0f} MB",
         )
     Console().print(table)
     killed = [outcome for outcome in result["kills"] if outcome != "finished"]

@@ -34,7 +34,7 @@ WEIGHTS = ".safetensors"
 _HASHED_WHOLE = 512_000_000  # bytes of weights in all, the smallest files first
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 65_536
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 20
 
 
 def write_manifest(folder: Path, base_name: str) -> None:

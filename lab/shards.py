@@ -29,18 +29,15 @@ def write_shard(trained: Path, shard: Path, base: str) -> Path:
         shard: the folder to write.
         base: what it was converted from, "lab:NAME".
     """
-    from ..conversion.checkpoints import read_shards, read_tensors
+    from ..conversion.safetensors_stream import write_safetensors
+    from ..conversion.stored_weights import open_weights
     from ..training.recipe import earlier_stages
 
     modules = {module for stage in earlier_stages(trained).values() for module in stage["learning_rate"]}
-    names = [
-        name
-        for file in read_shards(trained)
-        for name in file.tensors
-        if any(f".{module}." in f".{name}" for module in modules)
-    ]
+    weights = open_weights(trained, trained)
+    names = [name for name in weights.entries if any(f".{module}." in f".{name}" for module in modules)]
     shard.mkdir(parents=True)
-    save_file(read_tensors(trained, names, torch.bfloat16), shard / _TRAINED_FILE, metadata={"format": "pt"})
+    write_safetensors(shard / _TRAINED_FILE, [weights.stream(name, name, torch.bfloat16) for name in names])
     if (trained / _ADAPTER).is_dir():
         _write_adapter(trained / _ADAPTER, shard / _ADAPTER, base)
     compression = json.loads((trained / "config.json").read_text(encoding="utf-8"))["compression"]

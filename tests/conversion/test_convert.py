@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from foveate.conversion import checkpoints, file_copy
+from foveate.conversion import checkpoints, file_copy, stored_weights
 from foveate.conversion import convert as convert_module
 from foveate.conversion.convert import convert
-from foveate.conversion.file_copy import copy_file
+from foveate.conversion.file_copy import copy_file, copy_files
 from foveate.errors import FoveateError
 
 from .tiny_checkpoints import split_in_shards, write_clip, write_llava
@@ -100,7 +101,11 @@ class TestAConvertedCheckpoint:
         sizes = (tensor.nbytes for path in files for tensor in load_file(path).values())
         assert index["metadata"]["total_size"] == sum(sizes)
 
-    def test_holds_the_text_encoder_under_new_names_in_the_dtype_of_the_base(self, base, clip, out):
+    @pytest.mark.parametrize("piece_bytes", [1 << 22, 24])  # the second is not a whole share of any tensor's
+    def test_holds_the_text_encoder_under_new_names_in_the_dtype_of_the_base(
+        self, piece_bytes, base, clip, out, monkeypatch
+    ):
+        monkeypatch.setattr(stored_weights, "_PIECE_BYTES", piece_bytes)
         convert(base, out, text_encoder=clip)
         new = load_file(max(out.glob("*.safetensors")))
         source = load_file(clip / "model.safetensors")
@@ -394,14 +399,22 @@ class TestATextEncoderThatIsNotFit:
         (clip / "tokenizer.json").unlink()
         assert_refused(out, "has no tokenizer", base, out, text_encoder=clip)
 
+    def test_weights_that_are_quantised(self, base, clip, out):
+        tensors = load_file(clip / "model.safetensors")
+        tensors["visual_projection.weight"] = tensors["visual_projection.weight"].to(torch.int8)
+        save_file(tensors, clip / "model.safetensors")
+        assert_refused(out, "visual_projection.weight holds no floating-point numbers", base, out, text_encoder=clip)
+
     def test_a_pickle_that_would_run_code(self, base, clip, out, tmp_path):
         class Attack:
             def __reduce__(self):
                 return os.mkdir, (str(tmp_path / "ran"),)
 
         (clip / "model.safetensors").unlink()
+        torch.save({"logit_scale": Attack()}, clip / "pytorch_model.bin", pickle_module=pickle)
+        assert_refused(out, "more than plain tensors", base, out, text_encoder=clip)
         (clip / "pytorch_model.bin").write_bytes(pickle.dumps(Attack(), protocol=2))
-        assert_refused(out, "can't be read safely", base, out, text_encoder=clip)
+        assert_refused(out, "no archive as PyTorch writes them", base, out, text_encoder=clip)
         assert not (tmp_path / "ran").exists()
 
 
@@ -433,11 +446,11 @@ class TestNothingIsLeftBehind:
 
     @pytest.mark.parametrize("error", [SafetensorError, Exception])  # safetensors' and tokenizers'
     def test_when_the_disk_is_full_as_libraries_in_rust_say_it(self, error, base, clip, out, monkeypatch):
-        def no_space(tensors, path, metadata):
-            path.write_bytes(b"half")
+        def no_space(base, encoder, processor, folder):
+            (folder / "tokenizer.json").write_bytes(b"half")
             raise error("Error while serializing: I/O error: No space left on device (os error 28)")
 
-        monkeypatch.setattr(convert_module, "save_file", no_space)
+        monkeypatch.setattr(convert_module, "_write_processor", no_space)
         assert_refused(out, "No space left on the device", base, out, text_encoder=clip)
 
     def test_when_the_disk_would_be_full(self, base, clip, out, monkeypatch):
@@ -538,12 +551,27 @@ class TestCopies:
         assert (tmp_path / "target").read_bytes() == b"weights"
         assert counted == [7]
 
-    def test_read_and_write_where_there_is_no_sendfile(self, tmp_path, monkeypatch):
-        monkeypatch.delattr(os, "sendfile")
-        monkeypatch.setattr(file_copy, "_PIECE", 1000)
-        (tmp_path / "source").write_bytes(os.urandom(2500))
-        copy_file(tmp_path / "source", tmp_path / "target")
-        assert filecmp.cmp(tmp_path / "source", tmp_path / "target", shallow=False)
+    def test_of_several_files_are_made_at_once(self, tmp_path):
+        """Each waits in its first piece for the other's."""
+        both = threading.Barrier(2, timeout=60)
+        copies = {tmp_path / f"source{index}": tmp_path / f"target{index}" for index in range(2)}
+        for source in copies:
+            source.write_bytes(os.urandom(2500))
+        copy_files(copies, lambda count: both.wait())
+        for source, target in copies.items():
+            assert filecmp.cmp(source, target, shallow=False)
+
+    def test_end_with_the_first_that_fails(self, tmp_path, monkeypatch):
+        """The others don't go on to their ends."""
+        monkeypatch.setattr(file_copy, "_PIECE", 10)
+        monkeypatch.setattr(file_copy, "_reflink", lambda original, copy: False)
+        (tmp_path / "long").write_bytes(bytes(100_000))
+        seen = []
+        copies = {tmp_path / "long": tmp_path / "copy", tmp_path / "missing": tmp_path / "other"}
+        with pytest.raises(FileNotFoundError):
+            copy_files(copies, lambda count: (seen.append(count), time.sleep(0.01)))
+        assert (tmp_path / "copy").stat().st_size < 100_000
+        assert len(seen) < 10_000
 
     def test_never_replace_a_file(self, tmp_path):
         for name in ("source", "target"):

@@ -394,6 +394,44 @@ class TestOtherEnds:
         assert found.stdout == ""
         assert found.stderr == "foveate: The image nothing.png can't be read: No such file or directory.\n"
 
+    SCRIPT = """
+import atexit, gc
+from foveate import cli
+
+assert gc.isenabled()  # importing lets it be
+atexit.register(print, "registered for the end")
+
+@cli.app.command()
+def end(status: int):
+    print("unwritten", end=" ")
+    if status < 0:
+        raise RuntimeError("a bug")
+    raise SystemExit(status)
+
+cli.main()
+"""
+
+    @pytest.mark.parametrize("status", [0, 3])
+    def test_the_end_of_the_process(self, status):
+        """It is cut short: what was printed is there, what waits for the end has run, and the status is as it was."""
+        found = subprocess.run([sys.executable, "-c", self.SCRIPT, "end", str(status)], capture_output=True, text=True)
+        assert (found.returncode, found.stdout, found.stderr) == (status, "unwritten registered for the end\n", "")
+
+    def test_the_end_after_a_bug(self):
+        found = subprocess.run([sys.executable, "-c", self.SCRIPT, "end", "--", "-1"], capture_output=True, text=True)
+        assert found.returncode == 1
+        assert found.stdout == "unwritten registered for the end\n"
+        assert "RuntimeError" in found.stderr and "leaked" not in found.stderr
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+    def test_output_that_can_not_be_written(self):
+        """As Python says it, and not with status 0."""
+        with Path("/dev/full").open("w") as full:
+            words, buffered = [sys.executable, "-c", self.SCRIPT, "end", "0"], {**os.environ, "PYTHONUNBUFFERED": ""}
+            found = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
+        assert found.returncode == 120
+        assert "No space left on device" in found.stderr
+
 
 class TestTheProcessor:
     """What has no command of its own: prompts and images as Python passes them."""
