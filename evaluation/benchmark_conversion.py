@@ -2,7 +2,8 @@
 
 A checkpoint of LLaVA-1.5-7B's shape (14 GB of random bytes in three files, and a CLIP for the question) is made on the
 fly, converted in processes of their own, by copy and by links, and deleted at the end, with all that was made of it.
-Other such processes are killed at random moments: each may leave nothing, or the whole checkpoint.
+Other such processes are killed at random moments: each may leave nothing, or the whole checkpoint. Then one in its
+authors' layout, pickled, is made and imported.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel
+from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel, LlamaForCausalLM
 
 from ..conversion.checkpoints import VOCABULARY_FILES, read_shards
 from ..errors import FoveateError
@@ -36,6 +38,7 @@ from .shapes import config_of_shape
 SHAPE, NUM_SHARDS = "llava-1.5-7b", 3
 CLIP_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 MEMORY_TARGET, LINK_TARGET, COPY_TARGET = 600e6, 5.0, 5.0  # bytes; seconds; seconds beyond `cp`
+IMPORT_MEMORY_TARGET = 1.5e9  # bytes
 _PUBLISHED = (  # how Transformers names a module, and how published checkpoints do
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
@@ -77,6 +80,38 @@ def make_clip(folder: Path, vision_config: Any, text: Mapping[str, int]) -> None
         model = CLIPModel(config)
     write_random(folder / "model.safetensors", {name: tuple(t.shape) for name, t in model.state_dict().items()})
     config.save_pretrained(folder)
+
+
+def make_original(folder: Path, clip: Path, config: Any, num_shards: int = NUM_SHARDS) -> None:
+    """The same as `make_base` in the layout of LLaVA's own repository: pickled, float16, and CLIP by its name; all
+    values are the same. A file's tensors are in memory at once."""
+    shutil.copytree(lab_folder("tiny-llava"), folder, ignore=shutil.ignore_patterns("*.safetensors", "*.jinja"))
+    text, width, tower_width = config.text_config, config.text_config.hidden_size, config.vision_config.hidden_size
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(text).state_dict().items()}
+    for number, inputs in (("0", tower_width), ("2", width)):
+        shapes |= {
+            f"model.mm_projector.{number}.weight": (width, inputs),
+            f"model.mm_projector.{number}.bias": (width,),
+        }
+    names = list(shapes)
+    weight_map = {}
+    for index in range(num_shards):
+        file = f"pytorch_model-{index + 1:05d}-of-{num_shards:05d}.bin"
+        part = names[index * len(names) // num_shards : (index + 1) * len(names) // num_shards]
+        torch.save({name: torch.full(shapes[name], 0.01, dtype=torch.float16) for name in part}, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    fields = {
+        **text.to_dict(),
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "mm_hidden_size": tower_width,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": str(clip),
+    }
+    (folder / "config.json").write_text(json.dumps(fields, default=str))
 
 
 def _published(name: str) -> str:
@@ -146,52 +181,74 @@ def _memory(pid: int) -> tuple[int, int]:
 
 def is_whole(folder: Path) -> bool:
     """Whether a checkpoint is there with all its weights."""
-    shards = read_shards(folder)
-    return (
-        len(shards) > 1 and (folder / "config.json").is_file() and any((folder / n).exists() for n in VOCABULARY_FILES)
-    )
+    try:
+        read_shards(folder)
+    except FoveateError:
+        return False
+    return (folder / "config.json").is_file() and any((folder / name).exists() for name in VOCABULARY_FILES)
 
 
 def benchmark(
-    work: Path, config: Any = None, method: str = "recoverable", kills: int = 20, text: Mapping[str, int] | None = None
+    work: Path,
+    config: Any = None,
+    method: str = "recoverable",
+    rounds: int = 3,
+    kills: int = 20,
+    text: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Measures conversion of a checkpoint that is made in `work`, an empty folder, and deleted.
 
     Args:
         work: where about twice the checkpoint's size is free.
         config: of the base; LLaVA-1.5-7B's if `None`.
-        method: a name in `foveate.registry.METHODS`.
+        method: a name in `foveate.registry.METHODS`, of LLaVA-1.5.
+        rounds: how often everything is run, in turns.
         kills: processes that are killed at random moments.
         text: fields of the text encoder's config, for methods that read the question.
     """
-    base, clip, out = work / "base", work / "clip", work / "out"
+    base, clip, original, out = work / "base", work / "clip", work / "original", work / "out"
     config = config or config_of_shape(SHAPE)
     make_base(base, config)
-    command = [sys.executable, "-m", "foveate", "convert", str(base), str(out), "--method", method]
+    make_clip(clip, config.vision_config, text or CLIP_TEXT)
+    package = __package__.rpartition(".")[0]
+    convert = [sys.executable, "-m", package, "convert", str(base), str(out), "--method", method]
     if method in ("recoverable", "qg-vtc"):
-        make_clip(clip, config.vision_config, text or CLIP_TEXT)
-        command += ["--text-encoder", str(clip)]
-    files = [str(shard.path) for shard in read_shards(base)]
-    found: dict[str, Any] = {"base_bytes": sum(shard.num_bytes for shard in read_shards(base))}
-    # What a process holds, and takes, before it has converted anything: the libraries, and foveate with them.
-    package = f"import {__package__.rpartition('.')[0]}"
-    run([sys.executable, "-c", package])  # the files that are imported come from the disk's cache from now on
-    found["libraries"] = run([sys.executable, "-c", _LIBRARIES])
-    found["import"] = run([sys.executable, "-c", package])
-    (work / "cp").mkdir()
-    os.sync()
-    found["cp"] = run(["cp", *files, str(work / "cp")])
-    shutil.rmtree(work / "cp")
-    for name, option in (("copy", []), ("link", ["--link"])):
-        os.sync()
-        found[name] = run([*command, *option])
-        found[f"{name}_is_whole"] = is_whole(out)
-        shutil.rmtree(out)
+        convert += ["--text-encoder", str(clip)]
+    commands = {
+        # What a process holds, and takes, before it has converted anything: the libraries, and foveate with them.
+        "libraries": [sys.executable, "-c", _LIBRARIES],
+        "import": [sys.executable, "-c", f"import {package}"],
+        "cp": ["cp", "-r", str(base), str(out)],
+        "copy": convert,
+        "link": [*convert, "--link"],
+    }
+    found: dict[str, Any] = {"method": method, "base_bytes": _num_bytes(base), "runs": {name: [] for name in commands}}
+    run(commands["import"])  # the files that are imported come from the disk's cache from now on
+    for _ in range(rounds):
+        for name, words in commands.items():
+            found["runs"][name].append(_run_and_remove(words, out))
     chance, outcomes = random.Random(0), []
+    usual = statistics.median(one["seconds"] for one in found["runs"]["copy"])
     for _ in range(kills):
-        killed = run(command, kill_after=chance.uniform(0.1, 1.1) * found["copy"]["seconds"])["killed"]
+        killed = run(convert, kill_after=chance.uniform(0.1, 1.1) * usual)["killed"]
         outcomes.append(_outcome(work, out, killed))
-    return {**found, "kills": outcomes, "method": method}
+    shutil.rmtree(base)
+    make_original(original, clip, config)
+    words = [sys.executable, "-m", package, "import", str(original), str(out)]
+    found["runs"]["original"] = [_run_and_remove(words, out)]
+    return {**found, "original_bytes": _num_bytes(original), "kills": outcomes}
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _run_and_remove(command: list[str], out: Path) -> dict[str, Any]:
+    """As `run`, when all that was written before is on the disk, with `whole`: whether it left a whole checkpoint."""
+    os.sync()
+    found = {**run(command), "whole": is_whole(out)}
+    shutil.rmtree(out, ignore_errors=True)
+    return found
 
 
 def _outcome(work: Path, out: Path, killed: bool) -> str:
@@ -208,27 +265,31 @@ def _outcome(work: Path, out: Path, killed: bool) -> str:
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table("", "seconds", "peak memory", "without mapped files", box=None, pad_edge=False)
+    table = Table("", "seconds", "least to most", "peak memory", "without mapped files", box=None, pad_edge=False)
     names = {
-        "cp": "cp",
         "libraries": "import torch and Transformers",
         "import": "import foveate",
+        "cp": "cp",
         "copy": "foveate convert",
         "link": "foveate convert --link",
+        "original": "foveate import",
     }
     for name, words in names.items():
-        part = result[name]
+        runs = result["runs"][name]
+        seconds = [one["seconds"] for one in runs]
         table.add_row(
             words,
-            f"{part['seconds']:.1f}",
-            f"{part['peak_bytes'] / 1e6:.0f} MB",
-            f"{part['own_bytes'] / 1e6:.0f} MB",
+            f"{statistics.median(seconds):.1f}",
+            f"{min(seconds):.1f} to {max(seconds):.1f}",
+            *(f"{max(one[part] for one in runs) / 1e6:.0f} MB" for part in ("peak_bytes", "own_bytes")),
         )
     Console().print(table)
     killed = [outcome for outcome in result["kills"] if outcome != "finished"]
     counts = ", ".join(f"{outcome} {killed.count(outcome)}" for outcome in ("nothing", "whole", "half"))
-    print(f"A base of {result['base_bytes'] / 1e9:.1f} GB, method {result['method']}.", end=" ")
+    rounds = len(result["runs"]["copy"])
+    print(f"A base of {result['base_bytes'] / 1e9:.1f} GB, method {result['method']}, median of {rounds}.", end=" ")
     print(f"Targets: {MEMORY_TARGET / 1e6:.0f} MB; --link {LINK_TARGET:.0f} s; by copy cp + {COPY_TARGET:.0f} s.")
+    print(f"An original of {result['original_bytes'] / 1e9:.1f} GB. Target: {IMPORT_MEMORY_TARGET / 1e6:.0f} MB.")
     print(f"Left by {len(killed)} that were killed: {counts}; {len(result['kills']) - len(killed)} had ended before.")
     print(f"Command: {result['command']}")
 
@@ -236,12 +297,13 @@ def _print(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m foveate.evaluation.benchmark_conversion", description=__doc__)
     parser.add_argument("--method", default="recoverable")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--work", type=Path, help="a folder on the file system to measure")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
-        result = benchmark(Path(work), method=arguments.method, kills=arguments.kills)
+        result = benchmark(Path(work), method=arguments.method, rounds=arguments.rounds, kills=arguments.kills)
     result["command"] = " ".join([parser.prog, *sys.argv[1:]])
     if arguments.json:
         print(json.dumps(result, indent=2))

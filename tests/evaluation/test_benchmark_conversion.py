@@ -19,7 +19,7 @@ TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "n
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     config = LlavaConfig.from_pretrained(lab_folder("tiny-llava"))
-    return benchmark(tmp_path_factory.mktemp("work"), config, kills=2, text=TEXT)
+    return benchmark(tmp_path_factory.mktemp("work"), config, rounds=2, kills=2, text=TEXT)
 
 
 def test_a_base_is_as_published(tmp_path):
@@ -29,13 +29,14 @@ def test_a_base_is_as_published(tmp_path):
 
 
 def test_what_is_converted_is_whole_and_what_is_killed_is_not_there(result):
-    assert result["copy_is_whole"]
-    assert result["link_is_whole"]
+    runs = result["runs"]
+    assert [len(runs[name]) for name in ("cp", "copy", "link", "original")] == [2, 2, 2, 1]
+    assert all(one["whole"] for name in ("cp", "copy", "link", "original") for one in runs[name])
     assert len(result["kills"]) == 2
     assert "half" not in result["kills"]
-    assert 0 < result["cp"]["seconds"] < result["copy"]["seconds"]
-    for name in ("libraries", "import", "copy", "link"):
-        assert 50e6 < result[name]["own_bytes"] < result[name]["peak_bytes"]
+    for name in ("libraries", "import", "copy", "link", "original"):
+        assert all(50e6 < one["own_bytes"] < one["peak_bytes"] for one in runs[name])
+    assert 0 < runs["cp"][0]["seconds"] < runs["copy"][0]["seconds"]
     assert json.loads(json.dumps(result)) == result
 
 
@@ -51,3 +52,4 @@ def test_the_command_prints_the_targets(result, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "Targets: 600 MB; --link 5 s; by copy cp + 5 s." in printed
     assert "half 0" in printed
+    assert "Target: 1500 MB." in printed

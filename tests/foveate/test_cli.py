@@ -339,7 +339,7 @@ class TestConversionThatFails:
         def fail(*_, **__):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(convert_module, "save_file", fail)
+        monkeypatch.setattr(convert_module, "write_safetensors", fail)
         assert_refused("No space left", *self.convert(originals))
 
     def test_a_disk_that_is_full(self, originals, place, monkeypatch):
