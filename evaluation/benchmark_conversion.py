@@ -247,6 +247,7 @@ def _run_and_remove(command: list[str], out: Path) -> dict[str, Any]:
     """As `run`, when all that was written before is on the disk, with `whole`: whether it left a whole checkpoint."""
     os.sync()
     found = {**run(command), "whole": is_whole(out)}
+    print(f"{found['seconds']:.1f} s: {' '.join(command)}", file=sys.stderr)
     shutil.rmtree(out, ignore_errors=True)
     return found
 
@@ -265,9 +266,9 @@ def _outcome(work: Path, out: Path, killed: bool) -> str:
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table("", "seconds", "least to most", "peak memory", "without mapped files", box=None, pad_edge=False)
+    table = Table("", "seconds", "from – to", "peak memory", "not mapped", box=None, pad_edge=False)
     names = {
-        "libraries": "import torch and Transformers",
+        "libraries": "import transformers",
         "import": "import foveate",
         "cp": "cp",
         "copy": "foveate convert",
@@ -280,7 +281,7 @@ def _print(result: dict[str, Any]) -> None:
         table.add_row(
             words,
             f"{statistics.median(seconds):.1f}",
-            f"{min(seconds):.1f} to {max(seconds):.1f}",
+            f"{min(seconds):.1f} – {max(seconds):.1f}",
             *(f"{max(one[part] for one in runs) / 1e6:.0f} MB" for part in ("peak_bytes", "own_bytes")),
         )
     Console().print(table)
