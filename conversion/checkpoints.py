@@ -28,6 +28,7 @@ from transformers.utils import (
 
 from ..errors import FoveateError
 from ..lab import lab_folder
+from .safetensors_stream import DTYPES
 
 
 LAB_PREFIX = "lab:"
@@ -44,7 +45,6 @@ TOKENIZER_FILES = (
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md"]  # the card says which license it is under
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,9 @@ def stored_dtype(shards: Iterable[Shard]) -> torch.dtype:
     values: Counter[str] = Counter()
     for shard in shards:
         for tensor in shard.tensors.values():
-            if tensor.dtype in _DTYPES:
+            if tensor.dtype in DTYPES:
                 values[tensor.dtype] += math.prod(tensor.shape)
-    return _DTYPES[values.most_common(1)[0][0]] if values else torch.float32
+    return DTYPES[values.most_common(1)[0][0]] if values else torch.float32
 
 
 def content_hash(folder: Path) -> str:

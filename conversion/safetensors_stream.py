@@ -17,6 +17,7 @@ from ..errors import FoveateError
 
 #: The format's names of the dtypes that weights are stored in.
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 _MAX_SHARD_BYTES = 5 * 10**9
 

@@ -15,11 +15,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from ..errors import FoveateError, first_sentence
 from .checkpoints import download, fetch_weights, read_json, read_shards
-from .safetensors_stream import DTYPE_NAMES, StreamedTensor
+from .safetensors_stream import DTYPE_NAMES, DTYPES, StreamedTensor
 
 
 _PICKLED_SHARDS = "pytorch_model-*.bin"
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _PIECE_BYTES = 1 << 22
 
 
@@ -109,7 +108,7 @@ def open_weights(name: str | Path, folder: Path) -> StoredWeights:
     fetch_weights(name, folder, pickled=True)
     if any((folder / file).exists() for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         entries = {
-            key: Entry(shard.path, _DTYPES.get(tensor.dtype), tensor.shape, tensor.start)
+            key: Entry(shard.path, DTYPES.get(tensor.dtype), tensor.shape, tensor.start)
             for shard in read_shards(folder)
             for key, tensor in shard.tensors.items()
         }

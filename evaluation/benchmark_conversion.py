@@ -179,13 +179,18 @@ def _memory(pid: int) -> tuple[int, int]:
     return 1024 * kilobytes.get("VmHWM:", 0), 1024 * kilobytes.get("RssAnon:", 0)
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint is there with all its weights."""
+def is_whole(folder: Path, min_shards: int = 2) -> bool:
+    """Whether a checkpoint is there with all its weights, in so many files: a converted one has the base's and its
+    own."""
     try:
-        read_shards(folder)
+        shards = read_shards(folder)
     except FoveateError:
         return False
-    return (folder / "config.json").is_file() and any((folder / name).exists() for name in VOCABULARY_FILES)
+    return (
+        len(shards) >= min_shards
+        and (folder / "config.json").is_file()
+        and any((folder / name).exists() for name in VOCABULARY_FILES)
+    )
 
 
 def benchmark(
@@ -235,7 +240,7 @@ def benchmark(
     shutil.rmtree(base)
     make_original(original, clip, config)
     words = [sys.executable, "-m", package, "import", str(original), str(out)]
-    found["runs"]["original"] = [_run_and_remove(words, out)]
+    found["runs"]["original"] = [_run_and_remove(words, out, min_shards=1)]
     return {**found, "original_bytes": _num_bytes(original), "kills": outcomes}
 
 
@@ -243,10 +248,10 @@ def _num_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def _run_and_remove(command: list[str], out: Path) -> dict[str, Any]:
+def _run_and_remove(command: list[str], out: Path, min_shards: int = 2) -> dict[str, Any]:
     """As `run`, when all that was written before is on the disk, with `whole`: whether it left a whole checkpoint."""
     os.sync()
-    found = {**run(command), "whole": is_whole(out)}
+    found = {**run(command), "whole": is_whole(out, min_shards)}
     print(f"{found['seconds']:.1f} s: {' '.join(command)}", file=sys.stderr)
     shutil.rmtree(out, ignore_errors=True)
     return found
