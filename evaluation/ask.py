@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import FoveateError
 from ..lab.large_scenes import draw_large_scene, draw_sliced_scene
 from ..lab.scenes import draw_scene, sample_scene
-from ..modeling.compatibility import iterate_cache_tensors
+from ..modeling.compatibility import cache_of, iterate_cache_tensors
 from ..modeling.compressed_model import TokenProvenance
 from ..modeling.tile_layout import TileLayout
 from ..processing.image_tiles import TileGrid, tile_grid
@@ -179,8 +179,8 @@ class _Asked:
         output = self.generate(1)
         output.sequences.cpu()  # waits for the device
         seconds = time.perf_counter() - start
-        self.kv_bytes = sum(tensor.nbytes for tensor in iterate_cache_tensors(output.past_key_values))
-        self.visual_tokens = int(visual_tokens_kept(output.past_key_values, self.is_placeholder))
+        self.kv_bytes = sum(tensor.nbytes for tensor in iterate_cache_tensors(cache_of(output)))
+        self.visual_tokens = int(visual_tokens_kept(cache_of(output), self.is_placeholder))
         return seconds
 
     def answer(self, max_new_tokens: int) -> str:

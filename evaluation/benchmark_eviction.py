@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import Qwen3VLForConditionalGeneration
 
 from ..errors import FoveateError
-from ..modeling.compatibility import iterate_cache_tensors
+from ..modeling.compatibility import cache_argument, cache_of, iterate_cache_tensors
 from ..modeling.modeling_qwen3_vl_etc import Qwen3VLETCForConditionalGeneration
 from .benchmarking import (
     command_parser,
@@ -85,7 +85,7 @@ class _Bench:
         model, token = self.stock if name == "uncompressed" else self.etc, self.text[:, :1]
 
         def run() -> None:
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, **cache_argument(cache), use_cache=True)
             cache.crop(-1)
 
         return run
@@ -150,9 +150,9 @@ def benchmark(
     for name in NAMES:
         first = partial(bench.first_token, name)
         output, peaks[name] = peak_growth(first)
-        caches[name] = kv_bytes(output.past_key_values)
+        caches[name] = kv_bytes(cache_of(output))
         parts[f"{name}: first"] = timed(first, now)
-        parts[f"{name}: later"] = timed(bench.later_token(name, output.past_key_values), now)
+        parts[f"{name}: later"] = timed(bench.later_token(name, cache_of(output)), now)
     times = take_turns(parts, repeats, progress)
     flops = _flops(config, (side, side), text_tokens)
     found = {}

@@ -33,6 +33,7 @@ from ..conversion.checkpoints import content_hash, fetch_weights, find_checkpoin
 from ..errors import FoveateError, first_sentence
 from ..lab.large_scenes import draw_large_scene, draw_sliced_scene
 from ..lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sample_scene
+from ..modeling.compatibility import cache_of
 from ..modeling.compressed_model import CompressedModelMixin
 from ..modeling.logical_cache import LogicalCache
 from .examples import Example, Turn
@@ -258,7 +259,7 @@ def visual_tokens_kept(cache: Any, is_placeholder: torch.Tensor) -> torch.Tensor
     """How many visual tokens of each row the language model kept, read from the cache that a prompt left behind.
 
     Args:
-        cache: `past_key_values` after `generate`, of a compressed model or a stock one.
+        cache: the KV cache after `generate`, of a compressed model or a stock one.
         is_placeholder: (rows, prompt length) bool.
 
     Returns:
@@ -362,7 +363,7 @@ def _generate(
     if cached is not None:
         cached.remember(inputs, output)
     is_placeholder = inputs["input_ids"] == checkpoint.model.config.image_token_id
-    kept = visual_tokens_kept(output.past_key_values, is_placeholder)
+    kept = visual_tokens_kept(cache_of(output), is_placeholder)
     return checkpoint.decode(output.sequences, is_placeholder.shape[1]), kept.tolist()
 
 

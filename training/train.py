@@ -44,6 +44,7 @@ from ..errors import FoveateError, first_sentence
 from ..hub_cards.card import read_base_name, write_card
 from ..hub_cards.manifest import MANIFEST_FILE, write_manifest
 from ..modeling.adapter_layout import BASE_FIELDS
+from ..modeling.compatibility import CHECKPOINTING
 from ..registry import METHODS
 from .data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
 from .distillation import Distillation
@@ -213,11 +214,7 @@ def _training_arguments(job: _Job, progress: bool) -> TrainingArguments:
         max_grad_norm=recipe.max_grad_norm or 0.0,
         weight_decay=recipe.weight_decay,
         learning_rate=max([*recipe.learning_rate.values(), *([recipe.lora.learning_rate] if recipe.lora else [])]),
-        **(
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-            if checkpointing
-            else {}
-        ),
+        **({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}} if checkpointing else {}),
         seed=recipe.seed,
         dataloader_num_workers=(1 if on_cpu else 4) if recipe.workers is None else recipe.workers,
         dataloader_pin_memory=not on_cpu,
