@@ -69,6 +69,7 @@ def reads_question(backbone) -> bool:
     return "question_config" in backbone.config_class.sub_configs
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Where tests run in several processes, those that share what is made once a session or module stay together."""
     for item in items:

@@ -47,6 +47,7 @@ STRANGER = textwrap.dedent(
 
     logging.getLogger("transformers").addHandler(Deprecated())
     warnings.simplefilter("error", FutureWarning)
+    warnings.filterwarnings("ignore", "The class `AutoModelForVision2Seq` is deprecated")
     torch.set_num_threads(1)
     trusted = {"trust_remote_code": True}
     limits = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -120,7 +121,7 @@ class Checkpoints:
     small: Path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def checkpoints(tiny_checkpoint, tmp_path_factory) -> dict[str, Checkpoints]:
     """Of every model class, by its name."""
     made, root = {}, tmp_path_factory.mktemp("hub")
@@ -135,7 +136,7 @@ def checkpoints(tiny_checkpoint, tmp_path_factory) -> dict[str, Checkpoints]:
     return made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def strangers_answers(checkpoints, tmp_path_factory) -> dict[str, dict]:
     """What processes without foveate find of them all, and, in a second one, of what the first saved."""
     root = tmp_path_factory.mktemp("strangers")
