@@ -1,7 +1,6 @@
 """Settings of all tests: nothing is downloaded, few threads, tiny checkpoints made once a session."""
 
 import functools
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +16,10 @@ from foveate import convert
 from foveate.registry import METHODS, Backbone, Method
 
 from .conversion.tiny_checkpoints import write_clip, write_llava, write_llava_next, write_qwen3_vl
+from .helpers.deprecations import refuse_deprecated_names
 
 
-class _Deprecated(logging.Handler):
-    """Makes an error of what Transformers logs of names that it will drop: some of that is no Python warning (those:
-    `filterwarnings` in pyproject.toml)."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        # What assisted decoding logs of its own call of `generate` is Transformers' to mend.
-        if "deprecated" in message.lower() and not message.startswith("Passing `generation_config` together with"):
-            raise DeprecationWarning(message)
-
-
-logging.getLogger("transformers").addHandler(_Deprecated())
-
+refuse_deprecated_names()
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
 #: How to write a tiny base of each kind, with the text encoder that goes with it.

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from foveate import convert
 
 from ..conftest import CLASSES, SETTINGS, pair_id
+from ..helpers import deprecations
 from .conftest import ROWS, prompt_for
 
 
@@ -32,7 +33,6 @@ STRANGER = textwrap.dedent(
     sys.meta_path.insert(0, Hidden())
     sys.path[:] = [entry for entry in sys.path if entry]
     import json
-    import logging
     import traceback
     import warnings
     import torch
@@ -40,12 +40,7 @@ STRANGER = textwrap.dedent(
     from PIL import Image
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
-    class Deprecated(logging.Handler):
-        def emit(self, record):
-            if "deprecated" in record.getMessage().lower():
-                raise DeprecationWarning(record.getMessage())
-
-    logging.getLogger("transformers").addHandler(Deprecated())
+    refuse_deprecated_names()
     warnings.simplefilter("error", FutureWarning)
     warnings.filterwarnings("ignore", "The class `AutoModelForVision2Seq` is deprecated")
     torch.set_num_threads(1)
@@ -94,7 +89,7 @@ def run_stranger(folders, tmp_path, row=ROWS[0]) -> dict[str, dict]:
     tmp_path.mkdir(exist_ok=True)
     row.images[0].save(tmp_path / "picture.png")
     script, tasks, found = (tmp_path / name for name in ("stranger.py", "tasks.json", "found.json"))
-    script.write_text(STRANGER)
+    script.write_text(Path(deprecations.__file__).read_text() + STRANGER)
     prompts = [prompt_for(AutoProcessor.from_pretrained(folder), row.prompt) for folder in folders]
     tasks.write_text(json.dumps([[str(f), str(tmp_path / "picture.png"), p] for f, p in zip(folders, prompts)]))
     command = [sys.executable, "-P", str(script), str(tasks), str(found)]
