@@ -93,7 +93,13 @@ Settings = Annotated[
 NumVisualTokens = Annotated[
     int | None, typer.Option(help="Tokens that an image is compressed to; the method's own number, if not said.")
 ]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (the checkpoint's own, or a faster one where the device is slow in it), float32, bfloat16 or "
+        "float16."
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one, if not said.")]
 
 
@@ -595,6 +601,7 @@ def _answer_table(answer: Answer) -> Table:
     table.add_row("time to first token", _milliseconds(answer.time_to_first_token), base_time)
     base_bytes = answer.base_kv_bytes if answer.base_kv_bytes is not None else answer.kv_bytes_uncompressed
     table.add_row("KV cache of the prompt", show_size(answer.kv_bytes), show_size(base_bytes))
+    table.caption, table.caption_justify = f"{answer.dtype} on {answer.device}", "left"
     return table
 
 
@@ -630,7 +637,10 @@ def _result_table(result: dict[str, Any]) -> Table:
     for name, share in rows.items():
         low, high = share["interval"]
         table.add_row(name, f"{share['value']:.1%}", f"{low:.1%} – {high:.1%}", str(share["n"]))
-    table.caption = f"visual tokens: {result['base_visual_tokens']:.0f} → {result['mean_visual_tokens']:.1f} an image"
+    table.caption = (
+        f"visual tokens: {result['base_visual_tokens']:.0f} → {result['mean_visual_tokens']:.1f} an image; "
+        f"{result['dtype']} on {result['timing']['device']}"
+    )
     table.caption_justify = "left"
     return table
 

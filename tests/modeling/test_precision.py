@@ -1,4 +1,4 @@
-"""Which dtype is chosen where: by what the processor can do, what oneDNN may use, and what the checkpoint is stored in."""
+"""Which dtype is chosen where: by what the processor can do, what oneDNN may use and how the checkpoint is stored."""
 
 import contextlib
 import os
