@@ -402,7 +402,13 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Steps of the optimizer, in place of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a device and step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Order of the data, and initial values.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the recipe's), float32 or bfloat16: what is computed in.")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What to compute in: auto (bfloat16 where the device computes fast in it, else float32), float32 or "
+            "bfloat16; the recipe's precision, if not said."
+        ),
+    ] = None,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out what has an image that is missing.")
     ] = False,
@@ -573,9 +579,11 @@ def parse_image_size(words: str) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[1])
 
 
-def _precision(dtype: str) -> str | None:
-    """A recipe's word for a dtype; `None` for its own. Raises `FoveateError`."""
-    words = {"auto": None, "float32": "fp32", "bfloat16": "bf16"}
+def _precision(dtype: str | None) -> str | None:
+    """A recipe's word for a dtype; `None` for `None`. Raises `FoveateError`."""
+    if dtype is None:
+        return None
+    words = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16"}
     if dtype not in words:
         raise FoveateError(f"Training can't compute in '{dtype}': choose one of {', '.join(words)}.")
     return words[dtype]
