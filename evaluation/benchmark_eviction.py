@@ -23,6 +23,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from ..errors import FoveateError
 from ..modeling.compatibility import cache_argument, cache_of, iterate_cache_tensors
 from ..modeling.modeling_qwen3_vl_etc import Qwen3VLETCForConditionalGeneration
+from ..modeling.precision import fast_dtype
 from .benchmarking import (
     command_parser,
     conditions,
@@ -121,7 +122,7 @@ def benchmark(
     stock_config: Any = None,
     side: int = SIDE,
     text_tokens: int = TEXT_TOKENS,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     repeats: int = 7,
     cpu_time: bool = False,
     progress: bool = True,
@@ -132,7 +133,7 @@ def benchmark(
         config, stock_config: of ETC and of the stock model; Qwen3-VL-2B, with one compressed token, if `None`.
         side: of the image in pixels.
         text_tokens: length of the prompt without the image.
-        dtype: of weights and activations.
+        dtype: of weights and activations; what the processor computes fast in, if `None`.
         repeats: rounds after a warm-up; in each every part runs once.
         cpu_time: count the processor time of the process, which what else the machine does disturbs less.
 
@@ -143,6 +144,7 @@ def benchmark(
     """
     config = config or config_of_shape(SHAPE, "etc", {"num_visual_tokens": 1})
     stock_config = stock_config or config_of_shape(SHAPE)
+    dtype = dtype or fast_dtype("cpu")
     bench = _Bench(config, stock_config, side, text_tokens, dtype)
     now = time.process_time if cpu_time else time.perf_counter
     parts: dict[str, Callable[[], float]] = {}
