@@ -160,7 +160,8 @@ class TestAccuracy:
         low, high = score["interval"]
         assert "not evaluated" not in card
         assert f"| lab-vqa (keep_ratio=0.4) | exact match | {score['value']:.1%} | {low:.1%} – {high:.1%} | 6 |" in card
-        assert "foveate evaluate tiny --task lab-vqa --limit 6 --seed 0 --set keep_ratio=0.4 --json result.json" in card
+        options = f"--set keep_ratio=0.4 --dtype {content['dtype']} --json result.json"
+        assert f"foveate evaluate tiny --task lab-vqa --limit 6 --seed 0 {options}" in card
         assert str(result.parent) not in card and str(copy.parent) not in card, "paths of this machine are nobody's"
         [index] = metadata(copy)["model-index"]
         assert index["name"] == "base with Equidistant sampling"
