@@ -12,6 +12,7 @@ import torch
 from foveate.modeling.precision import dtype_name, fast_dtype
 
 
+HERE = fast_dtype("cpu")  # in the environment that the tests were started in
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 #: Processors by what `torch.cpu.get_capabilities` says of them.
@@ -158,7 +159,7 @@ def test_pytorch_itself_has_no_fast_bfloat16_under_the_limit():
 
 
 def test_where_it_says_bfloat16_pytorch_multiplies_it_by_onednn():
-    if fast_dtype("cpu") == BF16:
+    if HERE == BF16:
         assert torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
