@@ -74,9 +74,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     The copy's files are hard links to the folder's own, so that weights take neither time nor room: a file is changed
     by [`write_anew`], which doesn't write into what both have. The two change places at once where the system can do
-    that (Linux), else by two renames, between which a power failure leaves the folder under another name;
-    [`restore_replaced`] finds it. If the block ends with an exception, or the process is killed, the folder is as it was,
-    or, if the places were changed already, as it is to be.
+    that (Linux), else by two renames, between which the end of the process leaves the folder under another name;
+    [`restore_replaced`] finds it. If the block ends with an exception, or the process is killed, the folder is as it
+    was, or, if the places were changed already, as it is to be.
 
     Args:
         folder: absolute path without symbolic links.
@@ -110,7 +110,7 @@ def write_anew(path: Path, content: bytes) -> None:
 
 
 def restore_replaced(folder: Path) -> None:
-    """Completes what a power failure interrupted between the two renames of [`replaced_folder`]: gives the folder its
+    """Completes what was interrupted between the two renames of [`replaced_folder`]: gives the folder its
     name back, or removes what it replaced."""
     for aside in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.replaced-????????")):
         if os.path.lexists(folder):

@@ -213,8 +213,8 @@ def _upgrade_of_hub(name: str, out: str | Path | None, push: bool, force: bool, 
         raise FoveateError(f"{name} is neither a folder nor a name on the hub (USER/NAME).")
     if out is None and not push:
         raise FoveateError(
-            f"There is no folder {name}; if it is on the hub, --out OUT writes an upgraded copy, and --push upgrades it "
-            "there by one commit."
+            f"There is no folder {name}; if it is on the hub, --out OUT writes an upgraded copy, and --push upgrades "
+            "it there by one commit."
         )
     target = None if out is None else _absolute(out)
     with _hub_errors(name, api):
@@ -394,10 +394,9 @@ def _plan_files(
     code = bundle_files(config_class)
     files: dict[str, bytes] = {**code, **_rewritten_references(folder, config_class)}
     has_card = (folder / CARD_FILE).is_file()
+    base_name = read_base_name(folder) if has_card else Path(name).name
     if manifest is not None:
         base_name = manifest["base"]
-    else:
-        base_name = read_base_name(folder) if has_card else Path(name).name
     facts = replace(read_facts(folder, base_name), results=())
     card, kept_passages = None, 0
     if has_card:

@@ -475,8 +475,8 @@ def verify(
 ) -> None:
     """Say whether a folder is what foveate wrote.
 
-    The exit status is 0 if all of it is as the installed version writes it, 3 if its files are as listed but its code is
-    that of another version (`foveate upgrade` is due), and else 1.
+    The exit status is 0 if all of it is as the installed version writes it, 3 if its files are as listed but its code
+    is that of another version (`foveate upgrade` is due), and else 1.
     """
     _quiet()
     from .hub_cards.verify import verify as verify_folder
