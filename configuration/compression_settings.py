@@ -13,6 +13,10 @@ from typing import Any, ClassVar, TypeVar
 
 from transformers import CLIPTextConfig
 
+from .tested_versions import warn_if_untested
+
+
+warn_if_untested()
 
 Settings = TypeVar("Settings", bound="CompressionSettings")
 

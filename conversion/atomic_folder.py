@@ -1,21 +1,26 @@
-"""A folder that appears under its name when it is complete, or not at all."""
+"""A folder that appears under its name when it is complete, or not at all; and one that changes as a whole."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import glob
 import os
 import secrets
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import FoveateError
+from .file_copy import CANT_LINK, copy_file
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_HERE, _RENAME_EXCHANGE = -100, 2  # Linux's AT_FDCWD, and the flag of `renameat2`
 
 
 def require_free(out: Path) -> None:
@@ -58,12 +63,126 @@ def atomic_folder(out: Path, num_bytes: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         for folder in missing:
             _remove_if_empty(folder)
-        if _is_disk_full(error):
-            raise FoveateError(_no_space(out, num_bytes)) from error
-        if isinstance(error, OSError):
-            file = f" ({error.filename})" if error.filename else ""
-            raise FoveateError(f"{out} can't be written: {error.strerror or error}{file}.") from error
+        if (told := _told_user(error, out, num_bytes)) is not None:
+            raise told from error
         raise
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Gives a copy of a folder, to be changed, that takes the folder's place at the end.
+
+    The copy's files are hard links to the folder's own, so that weights take neither time nor room: a file is changed
+    by [`write_anew`], which doesn't write into what both have. The two change places at once where the system can do
+    that (Linux), else by two renames, between which the end of the process leaves the folder under another name;
+    [`restore_replaced`] finds it. If the block ends with an exception, or the process is killed, the folder is as it
+    was, or, if the places were changed already, as it is to be.
+
+    Args:
+        folder: absolute path without symbolic links.
+
+    Raises:
+        FoveateError: the disk is full, or the place can't be written to.
+    """
+    partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with _removed_if_killed(partial, ()):
+            try:
+                _link_tree(folder, partial)
+                yield partial
+                _sync(partial)
+                _change_places(folder, partial)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        raise _told_user(error, folder, num_bytes) from error  # type: ignore[misc]
+
+
+def write_anew(path: Path, content: bytes) -> None:
+    """Writes a file that has no other name: one that is there is taken away first, and leaves its mode and owner."""
+    before = path.stat() if path.exists() else None
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+    if before is not None:
+        path.chmod(stat.S_IMODE(before.st_mode))
+        _give_to(path, before)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Completes what was interrupted between the two renames of [`replaced_folder`]: gives the folder its
+    name back, or removes what it replaced."""
+    for aside in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.replaced-????????")):
+        if os.path.lexists(folder):
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(aside, folder)
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """A new folder with hard links to the files of another; copies, where the file system has no such links."""
+    target.mkdir()
+    for entry in os.scandir(source):
+        name = target / entry.name
+        if entry.is_symlink():
+            name.symlink_to(os.readlink(entry.path))
+        elif entry.is_dir():
+            _link_tree(Path(entry.path), name)
+        else:
+            try:
+                os.link(entry.path, name)
+            except OSError as error:
+                if error.errno not in CANT_LINK:
+                    raise
+                copy_file(Path(entry.path), name)
+                shutil.copystat(entry.path, name)
+    shutil.copystat(source, target)
+    _give_to(target, source.stat())
+
+
+def _give_to(path: Path, owner: os.stat_result) -> None:
+    """The owner and group of another file, where this process may give them."""
+    with contextlib.suppress(OSError, AttributeError):  # Windows has no such function
+        os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def _change_places(folder: Path, other: Path) -> None:
+    """Exchanges two folders. `other` is gone at the end where that takes two renames."""
+    if _exchange(folder, other):
+        _sync_path(folder.parent)
+        return
+    aside = folder.with_name(f".{folder.name}.replaced-{secrets.token_hex(4)}")
+    os.rename(folder, aside)
+    try:
+        os.rename(other, folder)
+    except BaseException:
+        os.rename(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(folder: Path, other: Path) -> bool:
+    """Exchanges two folders at once; whether the system and the file system can do that."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old C library
+        return False
+    if rename(_HERE, os.fsencode(folder), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(number, os.strerror(number), str(folder))
+
+
+def _told_user(error: BaseException, out: Path, num_bytes: int) -> FoveateError | None:
+    """What to tell the user about an error while a folder was written; `None` for one that is not the system's."""
+    if _is_disk_full(error):
+        return FoveateError(_no_space(out, num_bytes))
+    if isinstance(error, OSError):
+        file = f" ({error.filename})" if error.filename else ""
+        return FoveateError(f"{out} can't be written: {error.strerror or error}{file}.")
+    return None
 
 
 @contextmanager
@@ -89,7 +208,7 @@ def _sync(folder: Path) -> None:
     """Small files reach the disk before the name does. Weights are left to the system, for time's sake: if the power
     fails before they are written, their size doesn't fit their header, which every reader checks."""
     for path in folder.rglob("*"):
-        if path.suffix != ".safetensors":
+        if path.suffix != ".safetensors" and not path.is_symlink():
             _sync_path(path)
     _sync_path(folder)
 

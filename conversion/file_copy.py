@@ -16,7 +16,7 @@ from ..errors import FoveateError
 _CLONE = 0x40049409  # Linux's FICLONE
 _PIECE = 1 << 22  # bytes between two calls of `advance`
 _AT_ONCE = 2  # files: one core alone moves bytes more slowly than a fast disk takes them
-_CANT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
+CANT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
 
 
 def copy_files(copies: Mapping[Path, Path], advance: Callable[[int], object] = lambda _: None) -> None:
@@ -83,7 +83,7 @@ def link_file(source: Path, target: Path) -> None:
     try:
         os.link(os.path.realpath(source), target)  # the hub's cache holds symbolic links
     except OSError as error:
-        if error.errno not in _CANT_LINK:
+        if error.errno not in CANT_LINK:
             raise
         raise FoveateError(
             f"{source} can't be linked to {target.parent.parent} ({error.strerror}): leave --link out, to copy it."

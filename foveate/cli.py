@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .evaluation.flops import FlopsReport
 
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, UPGRADE_DUE, INTERRUPTED = 2, 3, 130
 _OPTIONAL = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 _SPEAKING = ("foveate", "transformers", "transformers_modules", "huggingface_hub", "PIL")
 
@@ -473,7 +473,11 @@ def verify(
         bool, typer.Option("--full", help="Read weight files whole; else their sizes, headers and samples.")
     ] = False,
 ) -> None:
-    """Say whether a folder is what foveate wrote; the exit status is 0 if all of it is, else 1."""
+    """Say whether a folder is what foveate wrote.
+
+    The exit status is 0 if all of it is as the installed version writes it, 3 if its files are as listed but its code
+    is that of another version (`foveate upgrade` is due), and else 1.
+    """
     _quiet()
     from .hub_cards.verify import verify as verify_folder
 
@@ -488,7 +492,43 @@ def verify(
         which = f"weights ({len(found.not_whole)})" if full else "weights"
         more = ", as the list has no more of them" if full else "; --full reads them whole"
         typer.echo(f"  Compared of {which}: size, header and samples{more}.")
-    raise typer.Exit(0 if found.as_written else 1)
+    raise typer.Exit(0 if found.as_written else UPGRADE_DUE if found.upgrade_due else 1)
+
+
+@app.command()
+def upgrade(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="Folder, upgraded in place; or hub id, with --out or --push.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write an upgraded copy; the folder must not exist.")
+    ] = None,
+    push: Annotated[
+        bool, typer.Option("--push", help="Upgrade a repository on the hub by one commit; weights stay there.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where other files than code and card were changed: list them so.")
+    ] = False,
+) -> None:
+    """Bring a checkpoint's code, card and list of files up to date with this version.
+
+    Weights, settings and what was edited in the card stay as they are. A folder changes as a whole, or not at all.
+    """
+    _quiet()
+    from .conversion.upgrade import upgrade as upgrade_checkpoint
+
+    done = upgrade_checkpoint(checkpoint, out, push=push, force=force)
+    if not done.is_change:
+        typer.echo(f"{done.place} is up to date with foveate {done.after}: nothing was changed.")
+        return
+    before = f"from foveate {done.before}" if done.before else "as Transformers saved it, without a list of files,"
+    typer.echo(f"Upgraded {done.place} {before} to foveate {done.after}.")
+    for kind, names in done.findings.items():
+        typer.echo(f"  {kind}: {', '.join(names)}")
+    if done.kept_passages:
+        typer.echo(
+            f"  Passages of the card that were edited, and stay though this version differs: {done.kept_passages}"
+        )
 
 
 @app.command()

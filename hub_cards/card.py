@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
+from ..configuration.tested_versions import TESTED_TRANSFORMERS
 from ..errors import FoveateError
 from ..modeling.adapter_layout import BASE_FIELDS
 from ..registry import METHODS, Method
 from ..training.recipe import earlier_stages
 from .compression_table import table_of
-from .evaluation_files import read_evaluations
+from .evaluation_files import Evaluation, read_evaluations
 from .method_texts import LIMITS, ORIGINS, SUMMARIES
 
 
@@ -33,10 +35,34 @@ PLACE = "PATH_OR_ID"
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is written of.
+
+    Attributes:
+        config: the checkpoint's `config.json`.
+        base_name: what it was converted from: a hub id, or the name of a folder.
+        license_fields: of the card's metadata.
+        results: evaluations of these weights.
+        training: the stages that it was trained with.
+        adapter: the folder in the checkpoint that holds LoRA weights which are not merged.
+        table: what compression saves.
+    """
+
+    config: Mapping[str, Any]
+    method: Method
+    base_name: str
+    license_fields: Mapping[str, str]
+    results: Sequence[Evaluation]
+    training: Mapping[int, Mapping[str, Any]]
+    adapter: str | None
+    table: str
+
+
 def write_card(
     folder: Path, base_name: str | None = None, source: Path | None = None, evaluations: Iterable[Path] = ()
 ) -> None:
-    """Writes `README.md` into a checkpoint.
+    """Writes `README.md` into a checkpoint. Where there is a list of its files, it then knows the card's lines.
 
     Args:
         folder: the checkpoint, with all that it consists of.
@@ -47,6 +73,17 @@ def write_card(
     Raises:
         FoveateError: no compressed checkpoint, or a result file that is none or is another checkpoint's.
     """
+    from .manifest import note_card  # which imports this module
+
+    card = render_card(read_facts(folder, base_name, source, evaluations))
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    note_card(folder)
+
+
+def read_facts(
+    folder: Path, base_name: str | None = None, source: Path | None = None, evaluations: Iterable[Path] = ()
+) -> CardFacts:
+    """Reads what a card is written of. Arguments and errors are [`write_card`]'s."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         method = METHODS[config["compression"]["method"]]
@@ -54,41 +91,61 @@ def write_card(
         raise FoveateError(f"{folder} is no checkpoint of a method of foveate's: convert its base first.") from error
     results = read_evaluations(evaluations, folder)
     base_name = base_name or read_base_name(folder)
-    on_hub = is_hub_id(base_name)
-    base_name = base_name if on_hub else Path(base_name).name
-    title = f"{base_name} with {method.title}"
-    license_fields = _read_license(source or folder, base_name)
-    training, adapter = earlier_stages(folder), _adapter_of(folder)
-    origin = None if training else ORIGINS.get(config.get("trained_by"))
-    data = ModelCardData(
-        base_model=base_name if on_hub else None,
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["foveate", method.name, "visual-token-compression"],
-        model_name=title if results else None,
-        eval_results=[result.of_metadata for result in results] or None,
-        **license_fields,
+    base_name = base_name if is_hub_id(base_name) else Path(base_name).name
+    return CardFacts(
+        config=config,
+        method=method,
+        base_name=base_name,
+        license_fields=_read_license(source or folder, base_name),
+        results=results,
+        training=earlier_stages(folder),
+        adapter=_adapter_of(folder),
+        table=table_of(folder),
     )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        title=title,
+
+
+def render_card(facts: CardFacts) -> str:
+    """The card as this version writes it."""
+    method, training = facts.method, facts.training
+    origin = None if training else ORIGINS.get(str(facts.config.get("trained_by")))
+    return render_template(
+        TEMPLATE,
+        facts,
+        title=f"{facts.base_name} with {method.title}",
         method=_named(method),
         summary=SUMMARIES.get(method.name, ""),
         state=origin[0] if origin else _state(method, training),
-        missing_base=base_name if BASE_FIELDS[0] in config else None,
+        last_tested=".".join(TESTED_TRANSFORMERS[-1].split(".")[:2]),
         untrained=method.needs_training and not training and not origin,
-        table=table_of(folder),
-        results=results,
         stages=[_stage_line(number, stage) for number, stage in sorted(training.items())],
-        adapter=adapter,
-        place=PLACE,
-        settings=json.dumps(config["compression"], indent=2, sort_keys=True),
         limits=(*(origin or ())[1:], *LIMITS.get(method.name, ())),
-        license=_license_line(license_fields),
-        has_text_encoder="question_config" in config,
+        license=_license_line(facts.license_fields),
     )
-    (folder / CARD_FILE).write_text(f"{card}\n", encoding="utf-8")
+
+
+def render_template(template: Path, facts: CardFacts, title: str, **words: Any) -> str:
+    """A card by a template, with the facts that are no words, and `words` that say the others."""
+    data = ModelCardData(
+        base_model=facts.base_name if is_hub_id(facts.base_name) else None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["foveate", facts.method.name, "visual-token-compression"],
+        model_name=title if facts.results else None,
+        eval_results=[result.of_metadata for result in facts.results] or None,
+        **facts.license_fields,
+    )
+    variables = {
+        "missing_base": facts.base_name if BASE_FIELDS[0] in facts.config else None,
+        "table": facts.table,
+        "results": facts.results,
+        "adapter": facts.adapter,
+        "place": PLACE,
+        "settings": json.dumps(facts.config["compression"], indent=2, sort_keys=True),
+        "has_text_encoder": "question_config" in facts.config,
+        **words,
+    }
+    card = ModelCard.from_template(data, template_path=str(template), title=title, **variables)
+    return f"{card}\n"
 
 
 def read_base_name(folder: Path) -> str:

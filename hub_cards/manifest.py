@@ -8,18 +8,22 @@ size and by `sampled_sha256`, over its header (names, shapes and places of all t
 places spread over it: any training or conversion of dtype changes that. Whole weight files are hashed (`sha256`) from
 the smallest on, up to 512 MB in all, which is what a method adds and less than a second's work. `complete` adds the
 others, for a checkpoint that goes to the hub and is read as a whole anyway.
+
+`card` has a digest of each line of the card as it was written: `foveate upgrade` tells by it what was edited since.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import FoveateError
 from ..training.recipe import RECIPE_FILE
 from .card import CARD_FILE, is_hub_id
+from .card_lines import line_digests
 
 
 MANIFEST_FILE = "foveate_manifest.json"
@@ -39,13 +43,40 @@ _CHUNK_BYTES = 1 << 20
 
 def write_manifest(folder: Path, base_name: str) -> None:
     """Writes the list into a checkpoint that is complete but for it."""
+    method = json.loads((folder / "config.json").read_text(encoding="utf-8"))["compression"]["method"]
+    card = folder / CARD_FILE
+    lines = card.read_text(encoding="utf-8") if card.is_file() else None
+    content = new_manifest(method, base_name, describe_files(folder, listed_files(folder)), lines)
+    (folder / MANIFEST_FILE).write_text(to_json(content), encoding="utf-8")
+
+
+def new_manifest(method: str, base_name: str, files: Mapping[str, Any], card: str | None) -> dict[str, Any]:
+    """The list of a checkpoint.
+
+    Args:
+        method: of the config's `compression` block.
+        base_name: what it was converted from: a hub id, or the name of a folder.
+        files: an entry a file, as [`describe_files`] makes them.
+        card: as this version writes it; `None` where there is none.
+    """
     content = {
         "foveate": package_version(),
-        "method": json.loads((folder / "config.json").read_text(encoding="utf-8"))["compression"]["method"],
+        "method": method,
         "base": base_name if is_hub_id(base_name) else Path(base_name).name,
-        "files": _describe_all(folder),
+        "files": dict(files),
     }
-    (folder / MANIFEST_FILE).write_text(to_json(content), encoding="utf-8")
+    return content if card is None else {**content, "card": " ".join(line_digests(card))}
+
+
+def note_card(folder: Path) -> None:
+    """Writes into a checkpoint's list, where there is one, that its card is now as this version wrote it."""
+    try:
+        manifest = read_manifest(folder)
+    except FoveateError:  # `verify` says it
+        return
+    if manifest is not None:
+        manifest["card"] = " ".join(line_digests((folder / CARD_FILE).read_text(encoding="utf-8")))
+        (folder / MANIFEST_FILE).write_text(to_json(manifest), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -96,10 +127,11 @@ def differs(path: Path, entry: dict[str, Any], full: bool) -> bool:
     """
     if path.stat().st_size != entry["size"]:
         return True
-    if path.suffix == WEIGHTS and entry.get("sampled_sha256") != sampled_sha256_of(path):
-        return True
-    if path.suffix == WEIGHTS and not full:
-        return False
+    if path.suffix == WEIGHTS and "sampled_sha256" in entry:
+        if entry["sampled_sha256"] != sampled_sha256_of(path):
+            return True
+        if not full:
+            return False
     return "sha256" in entry and entry["sha256"] != sha256_of(path)
 
 
@@ -136,16 +168,27 @@ def package_version() -> str:
     return __version__
 
 
-def _describe_all(folder: Path) -> dict[str, dict[str, Any]]:
-    entries: dict[str, dict[str, Any]] = {}
-    for name in listed_files(folder):
-        entries[name] = {"size": (folder / name).stat().st_size}
+def describe_files(
+    folder: Path, names: Iterable[str], known: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Entries of a list.
+
+    Args:
+        folder: the checkpoint.
+        names: its files.
+        known: entries that are right already, whose files are not read again.
+    """
+    known = known or {}
+    entries = {name: known.get(name) or {"size": (folder / name).stat().st_size} for name in names}
     whole = 0
     for name in sorted(entries, key=lambda name: (entries[name]["size"], name)):
         path, entry = folder / name, entries[name]
         if path.suffix == WEIGHTS:
-            entry["sampled_sha256"] = sampled_sha256_of(path)
             whole += entry["size"]
+        if name in known:
+            continue
+        if path.suffix == WEIGHTS:
+            entry["sampled_sha256"] = sampled_sha256_of(path)
         if path.suffix != WEIGHTS or whole <= _HASHED_WHOLE:
             entry["sha256"] = sha256_of(path)
     return entries

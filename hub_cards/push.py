@@ -28,6 +28,7 @@ from .manifest import (
     complete,
     header_of,
     listed_files,
+    package_version,
     read_manifest,
     to_json,
 )
@@ -97,6 +98,11 @@ def push(
     if refused := [f"{name} {complaint}" for name in names for complaint in _complaints(folder, name)]:
         more = f", and {len(refused) - _MAX_NAMED} more" if len(refused) > _MAX_NAMED else ""
         raise FoveateError(f"{folder} can't be pushed: {'; '.join(refused[:_MAX_NAMED])}{more}.")
+    if found.upgrade_due and not force:
+        raise FoveateError(
+            f"{folder} is not pushed, as its code is not that of foveate {package_version()}: bring it up to date with "
+            f"`foveate upgrade {folder}`, or --force it."
+        )
     if not found.as_written and not force:
         raise FoveateError(
             f"{folder} is not pushed, as it is {found.verdict.rstrip('.')}: see `foveate verify {folder}`, or "

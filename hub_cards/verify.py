@@ -20,6 +20,9 @@ from ..registry import backbones
 from .manifest import WEIGHTS, differs, listed_files, package_version, read_manifest
 
 
+_WAY_OUT = "`foveate upgrade {}` brings it up to date."
+
+
 @dataclass(frozen=True)
 class Verification:
     """What was found out about a folder.
@@ -27,6 +30,8 @@ class Verification:
     Attributes:
         as_written: whether all of it is as this project wrote it.
         verdict: a sentence.
+        upgrade_due: whether all files are as their list says, but the code is not the installed version's, so that
+            `foveate upgrade` brings it up to date.
         same_code: whether its code is the installed version's.
         changed, missing, foreign: files that are not as written, that are not there, and that don't belong there.
         elsewhere: references to code in other repositories, which Transformers would fetch and run.
@@ -37,6 +42,7 @@ class Verification:
     folder: Path
     as_written: bool
     verdict: str
+    upgrade_due: bool = False
     same_code: bool = False
     changed: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
@@ -72,7 +78,7 @@ def verify(folder: str | Path, full: bool = False) -> Verification:
     if not folder.is_dir():
         raise FoveateError(f"{folder} is no folder: give one that a checkpoint lies in, or download it first.")
     try:
-        expected = bundle_files(_config_class(folder))
+        expected = bundle_files(config_class_of(folder))
         manifest = read_manifest(folder)
     except FoveateError as error:
         return Verification(folder, False, f"not a checkpoint that foveate wrote: {error}")
@@ -80,15 +86,17 @@ def verify(folder: str | Path, full: bool = False) -> Verification:
     code = _compare_code(folder, present, expected)
     elsewhere = tuple(_code_elsewhere(folder, present))
     if manifest is None:
+        due = any(code) and not elsewhere
         verdict = (
             "saved by Transformers, not by foveate (it has no list of files); "
-            f"its code is foveate {package_version()}'s: {'no' if any(code) or elsewhere else 'yes'}."
+            f"its code is foveate {package_version()}'s: {'no' if any(code) or elsewhere else 'yes'}"
+            f"{'; ' + _WAY_OUT.format(folder) if due else '.'}"
         )
-        return Verification(folder, False, verdict, not any(code), *map(tuple, code), elsewhere=elsewhere)
+        return Verification(folder, False, verdict, due, not any(code), *map(tuple, code), elsewhere=elsewhere)
     return _compare_files(folder, present, manifest, code, elsewhere, full)
 
 
-def _config_class(folder: Path) -> type:
+def config_class_of(folder: Path) -> type:
     """The config class that a folder's `config.json` asks for. Raises `FoveateError` where it is none of ours."""
     model_type = read_config(folder).get("model_type")
     classes = {backbone.model_type: backbone.config_class for backbone in backbones()}
@@ -118,25 +126,32 @@ def _compare_files(
     there = [name for name in present if (folder / name).is_file()]  # a link may lead nowhere
     changed = {name for name in there if name in listed and differs(folder / name, listed[name], full)}
     missing, foreign = listed.keys() - set(there), set(present) - listed.keys()
-    written = f"foveate {version} wrote it"
-    another = any(code) and version != package_version()
-    if not another:
+    as_listed = not (changed or missing or foreign or elsewhere)
+    due = as_listed and any(code)
+    same_version = version == package_version()
+    if same_version or not any(code):
         changed, missing, foreign = (kind.union(more) for kind, more in zip((changed, missing, foreign), code))
-    as_written = not (changed or missing or foreign or elsewhere or another)
+    as_written = as_listed and not any(code)
     if as_written:
-        verdict = f"as {written}: {manifest['method']} on {manifest['base']}."
-    elif changed or missing or foreign or elsewhere:
-        verdict = f"not as {written}."
+        verdict = f"as foveate {version} wrote it: {manifest['method']} on {manifest['base']}."
+    elif not due:
+        verdict = f"not as foveate {version} wrote it."
+    elif same_version:
+        verdict = (
+            f"files are as listed, but its code is not that of the installed foveate {version}: another state of "
+            f"{version} wrote it, or its list was changed as well; {_WAY_OUT.format(folder)}"
+        )
     else:
         verdict = (
             f"written by another version, foveate {version}: files are as it listed them, but its code is not that of "
-            f"{package_version()}, so only that version can tell whether it is its own."
+            f"{package_version()}, so only that version can tell whether it is its own; {_WAY_OUT.format(folder)}"
         )
     weights = [name for name in listed if name.endswith(WEIGHTS)]
     return Verification(
         folder,
         as_written,
         verdict,
+        due,
         not any(code),
         tuple(sorted(changed)),
         tuple(sorted(missing)),

@@ -79,7 +79,10 @@ class TestCommands:
     def test_help_names_them(self):
         found = run("--help")
         assert found.exit_code == 0
-        assert all(name in found.output for name in ("methods", "convert", "ask", "evaluate", "card", "verify", "push"))
+        assert all(
+            name in found.output
+            for name in ("methods", "convert", "ask", "evaluate", "card", "verify", "upgrade", "push")
+        )
 
     def test_version(self):
         assert run("--version").stdout.startswith("foveate 0.")

@@ -1,7 +1,6 @@
 """`push`: what goes to the hub, by the hub's own client, and what must not."""
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from foveate.hub_cards.card import PLACE, write_card
 from foveate.hub_cards.manifest import MANIFEST_FILE, WEIGHTS, write_manifest
 from foveate.hub_cards.push import push
 
-from .fake_hub import fake_hub
+from ..helpers.fake_hub import fake_hub, online_environment
 
 
 TOKEN = "hf_" + 34 * "a"
@@ -53,17 +52,7 @@ def hub():
 
 @pytest.fixture
 def online(hub, tmp_path) -> dict[str, str]:
-    """Environment of a process that has this hub and no other."""
-    proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
-    kept = {name: value for name, value in os.environ.items() if name not in proxies}
-    return {
-        **kept,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": TOKEN,
-    }
+    return online_environment(hub, tmp_path / "hf", TOKEN)
 
 
 def test_round_trip(hub, online, copy, tmp_path):

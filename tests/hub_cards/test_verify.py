@@ -45,7 +45,7 @@ def test_the_list_tells_nothing_of_the_machine_or_the_day(written, copy):
     assert (copy / MANIFEST_FILE).read_bytes() == before
     assert str(written.parent).encode() not in before
     content = json.loads(before)
-    assert content.keys() == {"foveate", "method", "base", "files"}
+    assert content.keys() == {"foveate", "method", "base", "files", "card"}
     assert MANIFEST_FILE not in content["files"] and "README.md" not in content["files"]
     assert all(sha256_of(written / name) == entry["sha256"] for name, entry in content["files"].items())
 
@@ -109,10 +109,24 @@ def test_another_version(copy):
     forge(copy)
     edit_manifest(copy, foveate="0.0.1")
     found = verify(copy)
-    assert not found.as_written and not found.findings
+    assert not found.as_written and not found.findings and found.upgrade_due
     assert "written by another version, foveate 0.0.1" in found.verdict
+    assert found.verdict.endswith(f"`foveate upgrade {copy}` brings it up to date.")
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
     assert verify(copy).findings == {"changed": ("config.json",)}
+    assert not verify(copy).upgrade_due, "an upgrade would refuse it"
+
+
+def test_another_state_of_the_same_version(copy):
+    (copy / "modeling_llava_baseline.py").write_text("# as it was then\n")
+    assert not verify(copy).upgrade_due, "changed since it was listed"
+    forge(copy)
+    found = verify(copy)
+    assert found.upgrade_due and not found.as_written
+    assert found.verdict.startswith(
+        f"files are as listed, but its code is not that of the installed foveate {__version__}"
+    )
+    assert found.findings == {"changed": ("modeling_llava_baseline.py",)}
 
 
 def test_what_transformers_saves(written, tmp_path):
@@ -123,7 +137,8 @@ def test_what_transformers_saves(written, tmp_path):
     assert not found.as_written and found.same_code and not found.findings
     assert found.verdict.startswith("saved by Transformers") and found.verdict.endswith(f"{__version__}'s: yes.")
     (tmp_path / "modeling_llava_baseline.py").write_text("import os")
-    assert verify(tmp_path).verdict.endswith("no.")
+    assert verify(tmp_path).verdict.endswith(f"no; `foveate upgrade {tmp_path}` brings it up to date.")
+    assert verify(tmp_path).upgrade_due and not found.upgrade_due
 
 
 def test_other_folders(licensed_base, tmp_path, copy):

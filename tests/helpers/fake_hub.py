@@ -1,4 +1,7 @@
-"""A hub on loopback: the few routes that `huggingface_hub` calls to make a repository, commit to it and download it."""
+"""A hub on loopback: the few routes that `huggingface_hub` calls to make a repository, commit to it and download it.
+
+Files of weights are in large file storage, as on the hub, which says their size and hash.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 
@@ -22,6 +27,7 @@ class FakeHub(ThreadingHTTPServer):
         files: content by name, once a commit has named them.
         created: what `create_repo` asked for, call by call.
         authorizations: the header of every request.
+        commits: summary and parent of every commit.
         status: an HTTP status with which everything is refused; `None`: nothing is.
     """
 
@@ -32,6 +38,7 @@ class FakeHub(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.large: dict[str, bytes] = {}
         self.created: list[dict] = []
+        self.commits: list[dict] = []
         self.requests: list[str] = []
         self.authorizations: set[str | None] = set()
         self.status: int | None = None
@@ -52,6 +59,19 @@ def fake_hub() -> Iterator[FakeHub]:
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+def online_environment(hub: FakeHub, folder: Path, token: str) -> dict[str, str]:
+    """Environment of a process that has this hub and no other, and keeps in `folder` what it downloads."""
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    return {
+        **kept,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(folder),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": token,
+    }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -120,7 +140,11 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, lines: list[dict]) -> None:
         for line in lines:
             value = line["value"]
-            if line["key"] == "file":
+            if line["key"] == "header":
+                self.server.commits.append(value)
+            elif line["key"] == "deletedFile":
+                del self.server.files[value["path"]]
+            elif line["key"] == "file":
                 self.server.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.server.files[value["path"]] = self.server.large[value["oid"]]
@@ -140,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "/tree/" in path:
             self.answer([{"type": "file", "path": name, **self.facts(name)} for name in sorted(self.server.files)])
         elif path.startswith("/api/models/"):
-            siblings = [{"rfilename": name} for name in sorted(self.server.files)]
+            siblings = [{"rfilename": name, **self.facts(name)} for name in sorted(self.server.files)]
             self.answer({"id": "user/tiny", "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
         elif name in self.server.files:
             etag = hashlib.sha256(self.server.files[name]).hexdigest()
@@ -152,4 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def facts(self, name: str) -> dict:
         content = self.server.files[name]
-        return {"size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        facts = {"size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        if name.endswith(".safetensors"):
+            digest = hashlib.sha256(content).hexdigest()
+            facts["lfs"] = {"size": len(content), "oid": digest, "sha256": digest, "pointerSize": 134}
+        return facts

@@ -1,0 +1,105 @@
+"""Image processor of LLaVA-Meteor: an image of any size, cut into views that are cut into patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from .image_slices import SliceGrid, slice_grid
+
+
+class LlavaMeteorImageProcessor(BaseImageProcessor):
+    """Cuts images into views (`image_slices.py`), each resized to whole patches, and views into their patches.
+
+    Args:
+        view_size: side in pixels of the square whose area every view has, which is the vision tower's own.
+        patch_size: side of a patch in pixels.
+        max_slices: most slices of an image, beside the view of the whole.
+        resample: filter of the resizing, as PIL numbers them; bicubic by default.
+        rescale_factor, image_mean, image_std: as in `CLIPImageProcessor`.
+    """
+
+    model_input_names = ["pixel_values", "image_sizes"]
+
+    def __init__(
+        self,
+        view_size: int = 336,
+        patch_size: int = 14,
+        max_slices: int = 6,
+        resample: int = Image.Resampling.BICUBIC,
+        rescale_factor: float = 1 / 255,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.view_size, self.patch_size, self.max_slices = view_size, patch_size, max_slices
+        self.resample, self.rescale_factor = int(resample), rescale_factor
+        self.image_mean = list(OPENAI_CLIP_MEAN if image_mean is None else image_mean)
+        self.image_std = list(OPENAI_CLIP_STD if image_std is None else image_std)
+        self.auto_map = {"AutoImageProcessor": f"{__name__.rpartition('.')[2]}.{type(self).__name__}"}
+
+    @classmethod
+    def of_stock(cls, stock: Any, config: Any) -> LlavaMeteorImageProcessor:
+        """The one that goes with a base's image processor and a model's config."""
+        names = ("resample", "rescale_factor", "image_mean", "image_std")
+        return cls(
+            view_size=config.vision_config.image_size,
+            patch_size=config.vision_config.patch_size,
+            max_slices=config.compression.max_slices,
+            **{name: getattr(stock, name) for name in names if getattr(stock, name, None) is not None},
+        )
+
+    def grid_of(self, image_size: tuple[int, int]) -> SliceGrid:
+        """The views of an image of (height, width) pixels."""
+        return slice_grid(image_size, self.view_size, self.patch_size, self.max_slices)
+
+    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+        """
+        Args:
+            images: one image or a list of them: PIL, or arrays of 8-bit values or of floats from 0 to 1.
+
+        Returns:
+            `pixel_values` (images, most views, most patches, 3 · patch_size²), an image's own views first, their
+            patches row after row, zeros beyond them; `image_sizes` (images, 2), height and width in pixels.
+        """
+        images = [_to_rgb(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
+        sizes = [(image.height, image.width) for image in images]
+        grids = [self.grid_of(size) for size in sizes]
+        most_views = max(grid.num_views for grid in grids)
+        most_patches = max(rows * columns for grid in grids for rows, columns in grid.shapes)
+        pixels = np.zeros((len(images), most_views, most_patches, 3 * self.patch_size**2), dtype=np.float32)
+        for place, image, grid in zip(pixels, images, grids):
+            overview = self._cut(image, 1, 1, grid.overview)
+            place[:1, : overview.shape[1]] = overview
+            if grid.num_slices:
+                slices = self._cut(image, grid.rows, grid.columns, grid.slice_shape)
+                place[1 : grid.num_views, : slices.shape[1]] = slices
+        return BatchFeature({"pixel_values": pixels, "image_sizes": sizes}, tensor_type=return_tensors)
+
+    def _cut(self, image: Image.Image, rows: int, columns: int, shape: tuple[int, int]) -> np.ndarray:
+        """(views, patches, values of a patch in the order channel, row, column) of a grid of views of this shape."""
+        side, (height, width) = self.patch_size, shape
+        resized = image.resize((columns * width * side, rows * height * side), self.resample)
+        values = np.asarray(resized, dtype=np.float32) * self.rescale_factor
+        values = (values - np.float32(self.image_mean)) / np.float32(self.image_std)
+        cut = values.reshape(rows, height, side, columns, width, side, 3)
+        return cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, height * width, 3 * side**2)
+
+    def put_together(self, views: np.ndarray, rows: int, columns: int, shape: tuple[int, int]) -> np.ndarray:
+        """The picture that a grid of views was cut from, (height, width, 3) from 0 to 1: the other way round."""
+        side, (height, width) = self.patch_size, shape
+        cut = views.reshape(rows, columns, height, width, 3, side, side).transpose(0, 2, 5, 1, 3, 6, 4)
+        whole = cut.reshape(rows * height * side, columns * width * side, 3)
+        return whole * np.float32(self.image_std) + np.float32(self.image_mean)
+
+
+def _to_rgb(image: Any) -> Image.Image:
+    image = image if isinstance(image, Image.Image) else to_pil_image(image)
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,34 @@
+"""Configuration of LLaVA-NeXT with QG-VTC."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CLIPTextConfig, LlavaNextConfig
+
+from .compression_settings import QuestionGuidedConfigMixin
+from .settings_qgvtc import QGVTCSettings
+
+
+class LlavaNextQGVTCConfig(QuestionGuidedConfigMixin, LlavaNextConfig):
+    """`LlavaNextConfig` with the question's text encoder and the settings of the compression.
+
+    Args:
+        question_config: configuration of the CLIP text tower that reads the question.
+        compression: the fields of [`QGVTCSettings`].
+    """
+
+    model_type = "llava_next_qgvtc"
+    settings_class = QGVTCSettings
+    sub_configs = {**LlavaNextConfig.sub_configs, "question_config": CLIPTextConfig}
+
+    def __init__(
+        self,
+        question_config: CLIPTextConfig | dict[str, Any] | None = None,
+        compression: QGVTCSettings | dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        self._set_method_fields(question_config, compression)
+        kwargs["auto_map"] = self.remote_code_map()
+        super().__init__(**kwargs)
+        self._check_method_fields()

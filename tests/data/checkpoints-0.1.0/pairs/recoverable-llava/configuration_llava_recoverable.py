@@ -1,0 +1,73 @@
+"""Configuration of LLaVA-1.5 with Recoverable Compression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from transformers import CLIPTextConfig, LlavaConfig
+
+from .compression_settings import (
+    CompressionSettings,
+    QuestionGuidedConfigMixin,
+    require_bool,
+    require_one_of,
+    require_positive_int,
+)
+
+
+@dataclass
+class RecoverableSettings(CompressionSettings):
+    """Settings of Recoverable Compression (Chen et al., "Recoverable Compression: A Multimodal Vision Token Recovery
+    Mechanism Guided by Text Information").
+
+    Args:
+        num_visual_tokens: `None` (the paper's way) lets the dynamic scale filter choose a number for each image and
+            question, about a tenth on average. A number fixes it.
+        variant: `"official"` computes what the authors' code computes, `"paper"` what the paper's equations say.
+        text_recovery: the question recovers patches that the visual filter dropped.
+        secondary_recovery: what is then left is merged into a few tokens, not dropped.
+        lof_neighbors: k of the Local Outlier Factor in the first two filters (the paper: 20 for ScienceQA, TextVQA
+            and MMBench, 30 for MME and POPE, 90 for VQAv2).
+        secondary_lof_neighbors: k of the Local Outlier Factor that chooses the cluster centres.
+    """
+
+    method: ClassVar[str] = "recoverable"
+
+    variant: str = "official"
+    text_recovery: bool = True
+    secondary_recovery: bool = True
+    lof_neighbors: int = 20
+    secondary_lof_neighbors: int = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_one_of("variant", self.variant, ("official", "paper"))
+        require_bool("text_recovery", self.text_recovery)
+        require_bool("secondary_recovery", self.secondary_recovery)
+        require_positive_int("lof_neighbors", self.lof_neighbors)
+        require_positive_int("secondary_lof_neighbors", self.secondary_lof_neighbors)
+
+
+class LlavaRecoverableConfig(QuestionGuidedConfigMixin, LlavaConfig):
+    """`LlavaConfig` with the question's text encoder and the settings of the compression.
+
+    Args:
+        question_config: configuration of the CLIP text tower that reads the question, with its `projection_dim`.
+        compression: the fields of [`RecoverableSettings`].
+    """
+
+    model_type = "llava_recoverable"
+    settings_class = RecoverableSettings
+    sub_configs = {**LlavaConfig.sub_configs, "question_config": CLIPTextConfig}
+
+    def __init__(
+        self,
+        question_config: CLIPTextConfig | dict[str, Any] | None = None,
+        compression: RecoverableSettings | dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        self._set_method_fields(question_config, compression)
+        kwargs["auto_map"] = self.remote_code_map()
+        super().__init__(**kwargs)
+        self._check_method_fields()
