@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import FoveateError
 from ..training.recipe import RECIPE_FILE
 from .card import CARD_FILE, is_hub_id
@@ -40,7 +41,7 @@ _CHUNK_BYTES = 1 << 20
 def write_manifest(folder: Path, base_name: str) -> None:
     """Writes the list into a checkpoint that is complete but for it."""
     content = {
-        "foveate": package_version(),
+        "foveate": __version__,
         "method": json.loads((folder / "config.json").read_text(encoding="utf-8"))["compression"]["method"],
         "base": base_name if is_hub_id(base_name) else Path(base_name).name,
         "files": _describe_all(folder),
@@ -128,12 +129,6 @@ def sampled_sha256_of(path: Path) -> str:
             file.seek(last * sample // (_NUM_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def package_version() -> str:
-    from .. import __version__  # which the package has only when it is imported
-
-    return __version__
 
 
 def _describe_all(folder: Path) -> dict[str, dict[str, Any]]:

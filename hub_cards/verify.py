@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..conversion.bundle import bundle_files
 from ..conversion.checkpoints import read_config
 from ..errors import FoveateError
 from ..registry import backbones
-from .manifest import WEIGHTS, differs, listed_files, package_version, read_manifest
+from .manifest import WEIGHTS, differs, listed_files, read_manifest
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def verify(folder: str | Path, full: bool = False) -> Verification:
     if manifest is None:
         verdict = (
             "saved by Transformers, not by foveate (it has no list of files); "
-            f"its code is foveate {package_version()}'s: {'no' if any(code) or elsewhere else 'yes'}."
+            f"its code is foveate {__version__}'s: {'no' if any(code) or elsewhere else 'yes'}."
         )
         return Verification(folder, False, verdict, not any(code), *map(tuple, code), elsewhere=elsewhere)
     return _compare_files(folder, present, manifest, code, elsewhere, full)
@@ -119,7 +120,7 @@ def _compare_files(
     changed = {name for name in there if name in listed and differs(folder / name, listed[name], full)}
     missing, foreign = listed.keys() - set(there), set(present) - listed.keys()
     written = f"foveate {version} wrote it"
-    another = any(code) and version != package_version()
+    another = any(code) and version != __version__
     if not another:
         changed, missing, foreign = (kind.union(more) for kind, more in zip((changed, missing, foreign), code))
     as_written = not (changed or missing or foreign or elsewhere or another)
@@ -130,7 +131,7 @@ def _compare_files(
     else:
         verdict = (
             f"written by another version, foveate {version}: files are as it listed them, but its code is not that of "
-            f"{package_version()}, so only that version can tell whether it is its own."
+            f"{__version__}, so only that version can tell whether it is its own."
         )
     weights = [name for name in listed if name.endswith(WEIGHTS)]
     return Verification(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoImageProcessor, Cache
+from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 from transformers.utils.import_utils import is_mamba_ssm_available
@@ -57,14 +57,6 @@ def register_key_mapping(model_class: type, generation_class: type, base_model_t
     class_renamings = get_checkpoint_conversion_mapping(base_class_name)
     if class_renamings is not None:
         register_checkpoint_conversion_mapping(model_class.__name__, class_renamings, overwrite=True)
-
-
-def register_image_processor(config_class: type, image_processor_class: type) -> None:
-    """Lets `AutoImageProcessor` find a class of our own; ≥ 5.0 asks for one a backend, 4.57 has no word for such."""
-    classes = {"slow_image_processor_class": image_processor_class}
-    if TRANSFORMERS_5:
-        classes["fast_image_processor_class"] = image_processor_class
-    AutoImageProcessor.register(config_class, **classes)
 
 
 def clip_embeddings(vision_tower: nn.Module, *images: Any) -> torch.Tensor:
