@@ -10,7 +10,7 @@ COMPAT := 4.57.6 5.17.0
 .PHONY: demo test test-compat lint format lab results benchmark clean
 
 demo: $(VENV)/.installed-eval
-	$(BIN)/python -m foveate.evaluation.demo demo
+	$(BIN)/foveate demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

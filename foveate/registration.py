@@ -50,7 +50,11 @@ class StandIn(type):
         return issubclass(subclass, cls.reference.load())
 
 
-copyreg.pickle(StandIn, lambda stand_in: (ClassReference.load, (stand_in.reference,)))  # type: ignore[return-value]
+def _reduce(stand_in: StandIn) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    return ClassReference.load, (stand_in.reference,)
+
+
+copyreg.pickle(StandIn, _reduce)  # in a pickle it is the class
 
 
 _imported: dict[str, ModuleType] = {}
