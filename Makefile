@@ -1,25 +1,30 @@
-# Everything starts from Python 3.11 and pip; each target makes the environment that it needs.
+# Everything starts from Python 3.11 and pip; each target makes the environment that it needs, of what the lock names.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= auto
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 # Whole groups of contract tests run on every supported series; `make test` has the newest.
-COMPAT := 4.57.6 5.17.0
+COMPAT := 4.57.6 5.19.0
 
 .SECONDARY: # environments are kept
-.PHONY: demo test test-compat lint format lab results benchmark clean
+.PHONY: demo test test-all test-compat lint format lock canary lab results benchmark clean
 
 demo: $(VENV)/.installed-eval
-	$(BIN)/foveate demo
+	$(BIN)/foveate demo demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST) -m 'not slow'
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python $(PYTEST)
 
 test-compat: $(COMPAT:%=test-compat-%)
 
 test-compat-%: .venv-%/.installed-test
 	.venv-$*/bin/python -c "import transformers; assert transformers.__version__ == '$*', transformers.__version__"
-	.venv-$*/bin/python -m pytest -m contract_core tests/contract
+	.venv-$*/bin/python $(PYTEST) -m contract_core tests
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -29,6 +34,23 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Versions that stand in constraints.txt stay; UPGRADE="transformers peft" raises these to the newest that setup.cfg allows.
+lock:
+	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv; }
+	printf 'pip\nsetuptools\n' | .venv-lock/bin/uv pip compile - setup.cfg --quiet --all-extras --universal \
+	    --python-version 3.10 --no-annotate --custom-compile-command 'make lock' --output-file constraints.txt \
+	    $(UPGRADE:%=--upgrade-package %)
+
+# The newest release of everything, whatever setup.cfg and the lock allow; CANARY_TRANSFORMERS names another Transformers.
+CANARY_TRANSFORMERS ?= transformers
+canary:
+	test -x .venv-canary/bin/python || $(PYTHON) -m venv .venv-canary
+	.venv-canary/bin/python -m pip install --quiet --upgrade pip packaging
+	.venv-canary/bin/python -m pip install --quiet --no-deps --editable .
+	.venv-canary/bin/python tests/canary.py --requirements '$(CANARY_TRANSFORMERS)' > .venv-canary/requirements.txt
+	.venv-canary/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -r .venv-canary/requirements.txt
+	.venv-canary/bin/python tests/canary.py
 
 lab: $(VENV)/.installed-test
 	$(BIN)/python -m foveate.lab.train
@@ -53,21 +75,25 @@ benchmark: $(VENV)/.installed-eval
 	$(BIN)/python -m foveate.evaluation.benchmark_eviction
 	$(BIN)/python -m foveate.evaluation.benchmark_fusion
 
-$(VENV)/.installed-%: setup.cfg pyproject.toml
+INSTALL := -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
+
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python $(INSTALL) --editable '.[$*]'
 	touch $@
 
-# The oldest supported Transformers is tested with the oldest of everything else. `make test` is without torchao: on the
-# newest torch it warns on import, of torch, into the output of every command.
-.venv-4.57.6/.installed-test: OLDEST := --constraint tests/lower-bounds.txt
-
-.venv-%/.installed-test: setup.cfg pyproject.toml tests/lower-bounds.txt
+# Older versions of Transformers go with the lock but for their own line; the oldest goes with the oldest of everything
+# else. `make test` is without torchao: on the newest torch it warns on import, of torch, into every command's output.
+.venv-%/.installed-test: setup.cfg pyproject.toml constraints.txt tests/lower-bounds.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --upgrade pip
-	.venv-$*/bin/python -m pip install --quiet $(OLDEST) 'transformers==$*' --editable '.[test,int8]'
+	.venv-$*/bin/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	grep -vE '^(transformers|huggingface-hub|tokenizers)==' constraints.txt > .venv-$*/constraints.txt
+	echo 'transformers==$*' >> .venv-$*/constraints.txt
+	test '$*' != 4.57.6 || cp tests/lower-bounds.txt .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt \
+	    --build-constraint constraints.txt 'transformers==$*' --editable '.[test,int8]'
 	touch $@
 
 clean:
-	rm -rf .venv* demo build *.egg-info
+	rm -rf .venv* demo build dist *.egg-info

@@ -169,6 +169,13 @@ def stored_dtype(shards: Iterable[Shard]) -> torch.dtype:
     return DTYPES[values.most_common(1)[0][0]] if values else torch.float32
 
 
+def declared_dtype(folder: Path, shards: Iterable[Shard]) -> torch.dtype:
+    """What Transformers takes for `dtype="auto"`: the dtype that a checkpoint's config names, else its weights'."""
+    config = read_config(folder)
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)  # the older name
+    return dtype if isinstance(dtype, torch.dtype) else stored_dtype(shards)
+
+
 def content_hash(folder: Path) -> str:
     """The first 16 hex digits of a SHA-256 over a checkpoint's config and weight files, wherever they lie."""
     digest = hashlib.sha256()

@@ -15,8 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import FoveateError
 from ..lab.large_scenes import draw_large_scene, draw_sliced_scene
 from ..lab.scenes import draw_scene, sample_scene
-from ..modeling.compatibility import iterate_cache_tensors
+from ..modeling.compatibility import cache_of, iterate_cache_tensors
 from ..modeling.compressed_model import TokenProvenance
+from ..modeling.precision import dtype_name
 from ..modeling.tile_layout import TileLayout
 from ..processing.image_tiles import TileGrid, tile_grid
 from .flops import kv_bytes_by_account
@@ -38,6 +39,7 @@ class Answer:
         time_to_first_token: seconds from model inputs to the first token, vision tower and text encoder included.
         kv_bytes: size of the KV cache after the prompt.
         kv_bytes_uncompressed: what an uncompressed model's cache holds by account, from the config and the tokens.
+        dtype, device: what was computed in, and on which kind of device; of the base as well.
         base_answer, base_visual_tokens, base_time_to_first_token, base_kv_bytes: of the base that was compared with,
             else `None`.
         picture: the file that shows what became of each patch, else `None`.
@@ -50,6 +52,8 @@ class Answer:
     time_to_first_token: float
     kv_bytes: int
     kv_bytes_uncompressed: int
+    dtype: str
+    device: str
     base_answer: str | None = None
     base_visual_tokens: int | None = None
     base_time_to_first_token: float | None = None
@@ -80,7 +84,7 @@ def ask(
         compare: a checkpoint of the uncompressed model that is asked and timed as well, in the same dtype.
         show: where to save a picture of what became of each patch.
         max_new_tokens: longest answer.
-        dtype, device: "auto" takes the checkpoint's own; `None` takes the GPU when there is one.
+        dtype, device: as in [`open_checkpoint`].
 
     Raises:
         FoveateError: no question, an image that can't be read, a checkpoint that can't be loaded, a picture that can't
@@ -116,6 +120,8 @@ def ask(
         kv_bytes_uncompressed=kv_bytes_by_account(
             asked.model.config.text_config, asked.num_text_tokens + before, asked.model.dtype
         ),
+        dtype=dtype_name(asked.model.dtype),
+        device=asked.model.device.type,
         base_answer=base.answer(max_new_tokens) if base else None,
         base_visual_tokens=base.visual_tokens if base else None,
         base_time_to_first_token=times[1] if base else None,
@@ -179,8 +185,8 @@ class _Asked:
         output = self.generate(1)
         output.sequences.cpu()  # waits for the device
         seconds = time.perf_counter() - start
-        self.kv_bytes = sum(tensor.nbytes for tensor in iterate_cache_tensors(output.past_key_values))
-        self.visual_tokens = int(visual_tokens_kept(output.past_key_values, self.is_placeholder))
+        self.kv_bytes = sum(tensor.nbytes for tensor in iterate_cache_tensors(cache_of(output)))
+        self.visual_tokens = int(visual_tokens_kept(cache_of(output), self.is_placeholder))
         return seconds
 
     def answer(self, max_new_tokens: int) -> str:

@@ -22,6 +22,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModel
 
 from ..modeling.compatibility import clip_embeddings, clip_layers, run_clip_layer
 from ..modeling.compressor_recoverable import assign_tokens, text_similarity, visual_scores
+from ..modeling.precision import fast_dtype
 from .benchmarking import Shapes, command_parser, conditions, describe, parse, take_turns, timed
 
 
@@ -86,7 +87,7 @@ class _Bench:
 def benchmark(
     shapes: Shapes | None = None,
     batch_size: int = 8,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     repeats: int = 7,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def benchmark(
     Args:
         shapes: CLIP ViT-L/14-336 if `None`.
         batch_size: images.
-        dtype: of weights and activations.
+        dtype: of weights and activations; what the processor computes fast in, if `None`.
         repeats: rounds after a warm-up; in each every part runs once.
 
     Returns:
@@ -103,6 +104,7 @@ def benchmark(
         mean number of tokens), and what was measured on what.
     """
     shapes = shapes or Shapes()
+    dtype = dtype or fast_dtype("cpu")
     bench = _Bench(shapes, batch_size, dtype)
     times = take_turns({name: timed(run) for name, run in bench.parts().items()}, repeats, progress)
     medians = {name: statistics.median(found) for name, found in times.items()}

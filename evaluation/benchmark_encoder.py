@@ -30,6 +30,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModel
 from ..configuration.configuration_llava_qgvtc import LlavaQGVTCConfig
 from ..modeling.compatibility import clip_layers
 from ..modeling.modeling_qgvtc import QuestionProjector
+from ..modeling.precision import fast_dtype
 from ..modeling.vision_encoder_qgvtc import encode_images
 from .account_qgvtc import account
 from .benchmarking import Shapes, command_parser, conditions, describe, parse, spread, take_turns, timed
@@ -97,7 +98,7 @@ def benchmark(
     num_visual_tokens: int | None = None,
     layers: list[int] | None = None,
     batch_size: int = 8,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     repeats: int = 7,
     cpu_time: bool = False,
     progress: bool = True,
@@ -108,7 +109,7 @@ def benchmark(
         shapes: CLIP ViT-L/14-336 if `None`.
         num_visual_tokens, layers: as in `QGVTCSettings`; `None`: the paper's.
         batch_size: images.
-        dtype: of weights and activations.
+        dtype: of weights and activations; what the processor computes fast in, if `None`.
         repeats: rounds after a warm-up; in each every part runs once.
         cpu_time: count the processor time of the process, which what else the machine does disturbs less.
 
@@ -127,6 +128,7 @@ def benchmark(
         compression={"num_visual_tokens": num_visual_tokens, "layers": layers},
     )
     settings = config.compression
+    dtype = dtype or fast_dtype("cpu")
     bench = _Bench(config, batch_size, dtype, time.process_time if cpu_time else time.perf_counter)
     found = take_turns(bench.parts(), repeats, progress)
     stock, compressed = (torch.tensor(found.pop(name), dtype=torch.float64) for name in ("stock", "compressed"))

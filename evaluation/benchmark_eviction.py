@@ -21,8 +21,9 @@ from rich.table import Table
 from transformers import Qwen3VLForConditionalGeneration
 
 from ..errors import FoveateError
-from ..modeling.compatibility import iterate_cache_tensors
+from ..modeling.compatibility import cache_argument, cache_of, iterate_cache_tensors
 from ..modeling.modeling_qwen3_vl_etc import Qwen3VLETCForConditionalGeneration
+from ..modeling.precision import fast_dtype
 from .benchmarking import (
     command_parser,
     conditions,
@@ -85,7 +86,7 @@ class _Bench:
         model, token = self.stock if name == "uncompressed" else self.etc, self.text[:, :1]
 
         def run() -> None:
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, **cache_argument(cache), use_cache=True)
             cache.crop(-1)
 
         return run
@@ -121,7 +122,7 @@ def benchmark(
     stock_config: Any = None,
     side: int = SIDE,
     text_tokens: int = TEXT_TOKENS,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     repeats: int = 7,
     cpu_time: bool = False,
     progress: bool = True,
@@ -132,7 +133,7 @@ def benchmark(
         config, stock_config: of ETC and of the stock model; Qwen3-VL-2B, with one compressed token, if `None`.
         side: of the image in pixels.
         text_tokens: length of the prompt without the image.
-        dtype: of weights and activations.
+        dtype: of weights and activations; what the processor computes fast in, if `None`.
         repeats: rounds after a warm-up; in each every part runs once.
         cpu_time: count the processor time of the process, which what else the machine does disturbs less.
 
@@ -143,6 +144,7 @@ def benchmark(
     """
     config = config or config_of_shape(SHAPE, "etc", {"num_visual_tokens": 1})
     stock_config = stock_config or config_of_shape(SHAPE)
+    dtype = dtype or fast_dtype("cpu")
     bench = _Bench(config, stock_config, side, text_tokens, dtype)
     now = time.process_time if cpu_time else time.perf_counter
     parts: dict[str, Callable[[], float]] = {}
@@ -150,9 +152,9 @@ def benchmark(
     for name in NAMES:
         first = partial(bench.first_token, name)
         output, peaks[name] = peak_growth(first)
-        caches[name] = kv_bytes(output.past_key_values)
+        caches[name] = kv_bytes(cache_of(output))
         parts[f"{name}: first"] = timed(first, now)
-        parts[f"{name}: later"] = timed(bench.later_token(name, output.past_key_values), now)
+        parts[f"{name}: later"] = timed(bench.later_token(name, cache_of(output)), now)
     times = take_turns(parts, repeats, progress)
     flops = _flops(config, (side, side), text_tokens)
     found = {}

@@ -22,6 +22,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from ..modeling.compatibility import replace_clip_embeddings
 from ..modeling.compressor_meteor import FlashGlobalFusion, native_scores, visual_scores
+from ..modeling.precision import fast_dtype
 from ..modeling.slice_layout import SliceLayout
 from ..modeling.token_choice import choose_tokens
 from ..modeling.vision_encoder_meteor import SliceEmbeddings, encode_views
@@ -93,7 +94,7 @@ class _Bench:
 def benchmark(
     shapes: Shapes | None = None,
     batch_size: int = NUM_VIEWS,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     repeats: int = 7,
     progress: bool = True,
     clock: Callable[[], float] = time.perf_counter,
@@ -103,7 +104,7 @@ def benchmark(
     Args:
         shapes: CLIP ViT-L/14-336 if `None`.
         batch_size: square views.
-        dtype: of weights and activations; states are always float32.
+        dtype: of weights and activations; what the processor computes fast in, if `None`. States are always float32.
         repeats: rounds after a warm-up; in each every part runs once.
         clock: seconds.
 
@@ -112,6 +113,7 @@ def benchmark(
         `microseconds_a_patch` (patches of the one view → of its fusion), and what was measured on what.
     """
     shapes = shapes or Shapes()
+    dtype = dtype or fast_dtype("cpu")
     bench = _Bench(shapes, batch_size, dtype)
     times = take_turns({name: timed(run, clock) for name, run in bench.parts().items()}, repeats, progress)
     parts = {name: spread(found) for name, found in times.items()}

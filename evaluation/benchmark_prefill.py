@@ -24,6 +24,7 @@ from ..configuration.configuration_llava_metacompress import LlavaMetaCompressCo
 from ..errors import FoveateError
 from ..modeling.modeling_llava_baseline import LlavaBaselineForConditionalGeneration
 from ..modeling.modeling_llava_metacompress import LlavaMetaCompressForConditionalGeneration
+from ..modeling.precision import fast_dtype
 from .benchmarking import (
     command_parser,
     conditions,
@@ -120,7 +121,7 @@ def benchmark(
     with_base: bool = False,
     text_tokens: int = DEFAULT_TEXT_TOKENS,
     batch_size: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     repeats: int = 7,
     cpu_time: bool = False,
     progress: bool = True,
@@ -133,7 +134,7 @@ def benchmark(
         with_base: also time the uncompressed model.
         text_tokens: length of the prompts without their visual tokens.
         batch_size: images, a prompt each.
-        dtype: of weights and activations.
+        dtype: of weights and activations; what the processor computes fast in, if `None`.
         repeats: rounds after a warm-up; in each every part runs once.
         cpu_time: count the processor time of the process, which what else the machine does disturbs less.
 
@@ -150,6 +151,7 @@ def benchmark(
     if not 1 <= layers <= depth:
         raise FoveateError(f"--layers is {layers}: choose from 1 to the language model's {depth}.")
     config.text_config.num_hidden_layers = layers
+    dtype = dtype or fast_dtype("cpu")
     bench = _Bench(config, text_tokens, batch_size, dtype)
     now = time.process_time if cpu_time else time.perf_counter
     parts = {name: timed(run, now) for name, run in bench.parts(with_base).items()}

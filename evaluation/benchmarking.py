@@ -23,6 +23,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from ..errors import FoveateError
+from ..modeling.precision import dtype_name
 
 
 _HEADROOM = 1.1  # activations and caches beside the weights
@@ -143,7 +144,7 @@ def conditions(batch_size: int, dtype: torch.dtype, repeats: int) -> dict[str, A
     """What was measured on what, for the result."""
     return {
         "batch_size": batch_size,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "repeats": repeats,
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
@@ -163,7 +164,12 @@ def command_parser(name: str, description: str | None) -> argparse.ArgumentParse
     """The options that every benchmark has; `name` is its module's."""
     parser = argparse.ArgumentParser(prog=f"python -m foveate.evaluation.{name}", description=description)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="auto: bfloat16 where this processor computes fast in it, else float32",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="rounds after a warm-up")
     parser.add_argument("--threads", type=int, help="torch's own choice if not said")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -171,11 +177,11 @@ def command_parser(name: str, description: str | None) -> argparse.ArgumentParse
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, str]:
-    """The options, with `dtype` as torch has it and the threads set, and the command as it was given."""
+    """The options, with `dtype` as torch has it (`None`: auto) and the threads set, and the command as it was given."""
     arguments = parser.parse_args()
     if min(arguments.batch_size, arguments.repeats) < 1:
         parser.error("--batch-size and --repeats have to be at least 1.")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    arguments.dtype = getattr(torch, arguments.dtype)
+    arguments.dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     return arguments, " ".join([parser.prog, *sys.argv[1:]])

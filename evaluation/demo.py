@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..conversion.checkpoints import declared_dtype, read_shards
 from ..conversion.convert import convert
 from ..lab.scenes import ask_questions, draw_scene, sample_scene
+from ..modeling.precision import dtype_name, fast_dtype
 from .ask import ask, open_image
 
 
@@ -31,8 +33,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()
-folder, picture, *questions = sys.argv[1:]
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+folder, picture, dtype, *questions = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 image = Image.open(picture)
 for question in questions:
@@ -53,7 +55,7 @@ assert "foveate" not in sys.modules
 """
 
 
-def demo(folder: Path, picture: Path | None = None, question: str | None = None) -> None:
+def run_demo(folder: Path, picture: Path | None = None, question: str | None = None) -> None:
     """Converts the lab model into `folder`/checkpoint, asks about a picture and leaves the picture of what was kept.
 
     Args:
@@ -79,9 +81,11 @@ def demo(folder: Path, picture: Path | None = None, question: str | None = None)
     checkpoint = folder / "checkpoint"
     shutil.rmtree(checkpoint, ignore_errors=True)
     convert("lab:tiny-llava", checkpoint, method="recoverable")
-    print(f"Converted lab:tiny-llava to {checkpoint}. Asked by a process without foveate:", flush=True)
+    # A process without foveate can't ask what its processor computes fast in, so it is told.
+    dtype = dtype_name(fast_dtype("cpu", declared_dtype(checkpoint, read_shards(checkpoint))))
+    print(f"Converted lab:tiny-llava to {checkpoint}. Asked in {dtype} by a process without foveate:", flush=True)
     environment = {**os.environ, "HF_HOME": str(folder.absolute() / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", STRANGER, str(checkpoint), str(picture), *questions]
+    command = [sys.executable, "-c", STRANGER, str(checkpoint), str(picture), dtype, *questions]
     subprocess.run(command, check=True, env=environment)
     answer = ask(checkpoint, picture, questions[0], compare="lab:tiny-llava", show=folder / "kept.png")
     print(

@@ -447,4 +447,4 @@ def _require_known_towers(config: Any) -> None:
 
 def _dtype_of(config: Any) -> torch.dtype:
     """What the checkpoint loads in; float32 where it doesn't say, as Transformers has it."""
-    return getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+    return getattr(config, "dtype", None) or torch.float32

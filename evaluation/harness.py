@@ -29,12 +29,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
-from ..conversion.checkpoints import content_hash, fetch_weights, find_checkpoint, read_shards
+from ..conversion.checkpoints import content_hash, declared_dtype, fetch_weights, find_checkpoint, read_shards
 from ..errors import FoveateError, first_sentence
 from ..lab.large_scenes import draw_large_scene, draw_sliced_scene
 from ..lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sample_scene
+from ..modeling.compatibility import cache_of
 from ..modeling.compressed_model import CompressedModelMixin
 from ..modeling.logical_cache import LogicalCache
+from ..modeling.precision import dtype_name, fast_dtype
 from .examples import Example, Turn
 from .flops import count_without_compression, is_qwen
 from .metrics import METRICS, mean_of
@@ -116,14 +118,14 @@ def _int8_weights() -> TorchAoConfig:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-#: Ways to load a model with narrower weights: the package that each needs, and its config.
-QUANTIZATIONS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "8bit": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True)),
+#: Ways to load a model with narrower weights: the package that each needs, and its config by the dtype to compute in.
+QUANTIZATIONS: dict[str, tuple[str, Callable[[torch.dtype], Any]]] = {
+    "8bit": ("bitsandbytes", lambda dtype: BitsAndBytesConfig(load_in_8bit=True)),
     "4bit": (
         "bitsandbytes",
-        lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
+        lambda dtype: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
     ),
-    "int8": ("torchao", _int8_weights),
+    "int8": ("torchao", lambda dtype: _int8_weights()),
 }
 
 
@@ -199,7 +201,8 @@ def open_checkpoint(
     Args:
         name: a folder, a hub id, or `lab:NAME`.
         settings: changes to the compression, as `set_compression` takes them.
-        dtype: "auto" takes the checkpoint's own.
+        dtype: "auto" takes the checkpoint's own where the device computes fast in it, else what it computes fast in
+            (see [`fast_dtype`]).
         device: `None` takes the GPU when there is one.
         quantize: a name in `QUANTIZATIONS`; compressed models leave out what sees and what compresses.
 
@@ -208,14 +211,17 @@ def open_checkpoint(
             doesn't compress, an unknown quantisation or one whose package is not installed.
         ValueError: a setting that doesn't exist or is out of range.
     """
-    device, dtype = _device(device), _dtype(dtype)
+    device, wanted = _device(device), _dtype(dtype)
     folder = find_checkpoint(name)
     fetch_weights(name, folder)
-    read_shards(folder)  # a truncated file is told apart here, before a loader trips over it
+    shards = read_shards(folder)  # a truncated file is told apart here, before a loader trips over it
+    used = wanted or fast_dtype(device, declared_dtype(folder, shards))
     model: Any
-    quantization = {} if quantize is None else {"quantization_config": _quantization(quantize), "device_map": device}
+    quantization: dict[str, Any] = {}
+    if quantize is not None:
+        quantization = {"quantization_config": _quantization(quantize, used), "device_map": device}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **quantization)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=used, **quantization)
         processor = AutoProcessor.from_pretrained(folder)
     except Exception as error:  # loaders raise many kinds; a config can be wrong in any way
         raise FoveateError(f"{name} can't be loaded as an image-text model: {first_sentence(error)}") from error
@@ -229,18 +235,21 @@ def open_checkpoint(
     return checkpoint
 
 
-def _quantization(name: str) -> Any:
+def _quantization(name: str, dtype: torch.dtype) -> Any:
     if name not in QUANTIZATIONS:
         raise FoveateError(f"There is no quantisation '{name}': choose one of {', '.join(QUANTIZATIONS)}.")
     package, make = QUANTIZATIONS[name]
     if importlib.util.find_spec(package) is None:
         raise FoveateError(f"{name} needs {package}, which is not installed: pip install {package}")
-    return make()
+    return make(dtype)
 
 
-def _dtype(name: str | torch.dtype) -> str | torch.dtype:
-    found = name if name == "auto" or isinstance(name, torch.dtype) else getattr(torch, name, None)
-    if found != "auto" and not isinstance(found, torch.dtype):
+def _dtype(name: str | torch.dtype) -> torch.dtype | None:
+    """What a user calls a dtype; `None` for "auto". Raises `FoveateError`."""
+    if name == "auto":
+        return None
+    found = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
         raise FoveateError(f"There is no dtype '{name}': choose auto, float32, bfloat16 or float16.")
     return found
 
@@ -258,7 +267,7 @@ def visual_tokens_kept(cache: Any, is_placeholder: torch.Tensor) -> torch.Tensor
     """How many visual tokens of each row the language model kept, read from the cache that a prompt left behind.
 
     Args:
-        cache: `past_key_values` after `generate`, of a compressed model or a stock one.
+        cache: the KV cache after `generate`, of a compressed model or a stock one.
         is_placeholder: (rows, prompt length) bool.
 
     Returns:
@@ -362,7 +371,7 @@ def _generate(
     if cached is not None:
         cached.remember(inputs, output)
     is_placeholder = inputs["input_ids"] == checkpoint.model.config.image_token_id
-    kept = visual_tokens_kept(output.past_key_values, is_placeholder)
+    kept = visual_tokens_kept(cache_of(output), is_placeholder)
     return checkpoint.decode(output.sequences, is_placeholder.shape[1]), kept.tolist()
 
 
@@ -406,10 +415,10 @@ def evaluate(
 
     Returns:
         `command`, `task`, `n` (examples), `seed`, `checkpoint`, `checkpoint_hash`, `label`, `method`, `compression`,
-        `dtype`, `reuse_cache`; the task's metric (`exact_match` or `vqa_accuracy`), `by_type` and, for dialogues,
-        `by_turn` (each with value, 95 % interval and n; see [`mean_of`]); `base_visual_tokens` and
-        `mean_visual_tokens` (an image); with `skip_missing`, `skipped`: the number `n` of dialogues left out and the
-        first of their `names`; `versions`; and `timing`.
+        `dtype` (that it computed in, never "auto"), `reuse_cache`; the task's metric (`exact_match` or
+        `vqa_accuracy`), `by_type` and, for dialogues, `by_turn` (each with value, 95 % interval and n; see
+        [`mean_of`]); `base_visual_tokens` and `mean_visual_tokens` (an image); with `skip_missing`, `skipped`: the
+        number `n` of dialogues left out and the first of their `names`; `versions`; and `timing`.
 
     Raises:
         FoveateError: bad input, in one sentence; before anything is computed.
@@ -436,7 +445,7 @@ def evaluate(
             batch_size,
             output,
             settings,
-            dtype,
+            opened.model.dtype,
             method_label,
             reuse_cache,
             data,
@@ -452,7 +461,7 @@ def evaluate(
         "label": method_label or (opened.method if opened.is_compressed else "base"),
         "method": opened.method,
         "compression": opened.settings,
-        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(opened.model.dtype),
         **({} if quantize is None else {"quantization": quantize}),
         "reuse_cache": reuse_cache,
         **tally.accuracies(TASKS[task].metric),
@@ -517,7 +526,7 @@ def _command(
     batch_size: int,
     output: str | Path | None,
     settings: Mapping[str, Any] | None,
-    dtype: str | torch.dtype,
+    dtype: torch.dtype,
     method_label: str | None,
     reuse_cache: bool,
     data: str | Path | None,
@@ -525,13 +534,13 @@ def _command(
     skip_missing: bool,
     quantize: str | None,
 ) -> str:
-    """The command line that does the same."""
+    """The command line that does the same, on other devices too: it names the dtype that was computed in."""
     words = ["foveate", "evaluate", str(checkpoint), "--task", task]
     words += ["--limit", str(limit)] if limit is not None else []
     words += ["--seed", str(seed)]
     words += [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={_as_option(value)}")]
     words += ["--batch-size", str(batch_size)] if batch_size != DEFAULT_BATCH_SIZE else []
-    words += ["--dtype", str(dtype).removeprefix("torch.")] if dtype != "auto" else []
+    words += ["--dtype", dtype_name(dtype)]
     words += ["--quantize", quantize] if quantize is not None else []
     words += ["--label", method_label] if method_label else []
     words += ["--reuse-cache"] if reuse_cache else []

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import FoveateError
+from ..modeling.compatibility import cache_argument, cache_of
 
 
 class CachedTurns:
@@ -70,11 +71,11 @@ class CachedTurns:
         self._is_there = torch.cat([there, torch.tensor(is_new, device=device)], dim=1)
         mask = self._is_there.long()
         ids = torch.cat([self._input_ids, torch.tensor(padded, device=device)], dim=1)
-        return {"input_ids": ids, "attention_mask": mask, "past_key_values": self._cache}
+        return {"input_ids": ids, "attention_mask": mask, **cache_argument(self._cache)}
 
     def remember(self, inputs: Mapping[str, Any], output: Any) -> None:
-        """Keeps what `generate` made of the inputs of [`go_on`]: `sequences` and `past_key_values`."""
-        self._input_ids, self._cache = output.sequences, output.past_key_values
+        """Keeps what `generate` made of the inputs of [`go_on`]: `sequences` and the cache."""
+        self._input_ids, self._cache = output.sequences, cache_of(output)
         prompt = inputs["attention_mask"].bool()
         num_generated = output.sequences.shape[1] - prompt.shape[1]
         self._is_there = torch.cat([prompt, prompt.new_ones(len(prompt), num_generated)], dim=1)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what is imported when it is asked for
     from .evaluation.harness import evaluate
     from .lab import lab_folder, load_lab
     from .modeling.compatibility import AutoModelForVision2Seq
+    from .modeling.precision import fast_dtype
     from .training.train import train
 
 
@@ -31,6 +32,7 @@ _MODULES = {
     "ask": "foveate.evaluation.ask",
     "convert": "foveate.conversion.convert",
     "evaluate": "foveate.evaluation.harness",
+    "fast_dtype": "foveate.modeling.precision",
     "import_original": "foveate.conversion.original_llava",
     "lab_folder": "foveate.lab",
     "load_lab": "foveate.lab",
@@ -49,6 +51,7 @@ __all__ = [
     "ask",
     "convert",
     "evaluate",
+    "fast_dtype",
     "import_original",
     "lab_folder",
     "load_lab",

@@ -93,7 +93,13 @@ Settings = Annotated[
 NumVisualTokens = Annotated[
     int | None, typer.Option(help="Tokens that an image is compressed to; the method's own number, if not said.")
 ]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (the checkpoint's own, or a faster one where the device is slow in it), float32, bfloat16 or "
+        "float16."
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one, if not said.")]
 
 
@@ -140,7 +146,7 @@ def demo(
     FOLDER has the checkpoint afterwards, and the picture of what was kept.
     """
     _quiet()
-    from .evaluation.demo import demo as run_demo
+    from .evaluation.demo import run_demo
 
     run_demo(folder, picture, question)
 
@@ -414,7 +420,13 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Steps of the optimizer, in place of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a device and step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Order of the data, and initial values.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the recipe's), float32 or bfloat16: what is computed in.")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What to compute in: auto (bfloat16 where the device computes fast in it, else float32), float32 or "
+            "bfloat16; the recipe's precision, if not said."
+        ),
+    ] = None,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out what has an image that is missing.")
     ] = False,
@@ -586,9 +598,11 @@ def parse_image_size(words: str) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[1])
 
 
-def _precision(dtype: str) -> str | None:
-    """A recipe's word for a dtype; `None` for its own. Raises `FoveateError`."""
-    words = {"auto": None, "float32": "fp32", "bfloat16": "bf16"}
+def _precision(dtype: str | None) -> str | None:
+    """A recipe's word for a dtype; `None` for `None`. Raises `FoveateError`."""
+    if dtype is None:
+        return None
+    words = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16"}
     if dtype not in words:
         raise FoveateError(f"Training can't compute in '{dtype}': choose one of {', '.join(words)}.")
     return words[dtype]
@@ -615,6 +629,7 @@ def _answer_table(answer: Answer) -> Table:
     table.add_row("time to first token", _milliseconds(answer.time_to_first_token), base_time)
     base_bytes = answer.base_kv_bytes if answer.base_kv_bytes is not None else answer.kv_bytes_uncompressed
     table.add_row("KV cache of the prompt", show_size(answer.kv_bytes), show_size(base_bytes))
+    table.caption, table.caption_justify = f"{answer.dtype} on {answer.device}", "left"
     return table
 
 
@@ -650,7 +665,10 @@ def _result_table(result: dict[str, Any]) -> Table:
     for name, share in rows.items():
         low, high = share["interval"]
         table.add_row(name, f"{share['value']:.1%}", f"{low:.1%} – {high:.1%}", str(share["n"]))
-    table.caption = f"visual tokens: {result['base_visual_tokens']:.0f} → {result['mean_visual_tokens']:.1f} an image"
+    table.caption = (
+        f"visual tokens: {result['base_visual_tokens']:.0f} → {result['mean_visual_tokens']:.1f} an image; "
+        f"{result['dtype']} on {result['timing']['device']}"
+    )
     table.caption_justify = "left"
     return table
 

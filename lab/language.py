@@ -20,6 +20,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .scenes import GRID, QUESTION_TYPES, ask_questions, describe, draw_scenes, sample_scene
+from .stages import fast_autocast
 from .tower import Tower
 from .vocabulary import make_language_tokenizer
 
@@ -65,7 +66,7 @@ def cache_features(tower: Tower, folder: Path, log: Callable[[str], None] = prin
             for start in track(range(0, number, 128), description=f"features of {split} scenes"):
                 scenes = [sample_scene(split, index, seed=2) for index in range(start, min(start + 128, number))]
                 pictures, _ = draw_scenes(scenes, augment=split == "train")
-                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                with torch.no_grad(), fast_autocast():
                     found[start : start + 128] = tower.features(pictures)[:, 1:]
             torch.save(found, path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)

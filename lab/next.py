@@ -48,7 +48,7 @@ from .scenes import (
     describe,
     sample_scene,
 )
-from .stages import Stage, run_stage
+from .stages import Stage, fast_autocast, run_stage
 from .tower import normalize
 from .train import _publish
 from .validation import ask_validation, begin_account, write_account
@@ -373,7 +373,7 @@ def main(
     seconds, speaker = train(work)
     checkpoint = weights / "tiny-llava-next"
     speaker.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), fast_autocast():
         found = speaker.evaluate()
     write_checkpoint(speaker.model, checkpoint)
     account = {

@@ -50,7 +50,7 @@ from .scenes import (
     draw_scenes,
     sample_scene,
 )
-from .stages import Stage, run_stage
+from .stages import Stage, fast_autocast, run_stage
 from .tower import normalize
 from .validation import ask_validation, begin_account, write_account
 from .vocabulary import QWEN_SPECIAL_TOKENS, make_qwen_tokenizer, save_tokenizer
@@ -518,7 +518,7 @@ def train(work: Path) -> tuple[dict[str, dict[str, float]], Speaker]:
 
 def _account(stage: Stage, seconds: float) -> dict[str, float]:
     stage.module.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), fast_autocast():
         found = stage.evaluate()
     rounded = {key: round(value, 4) for key, value in found.items()}
     return {"minutes": round(seconds / 60, 1), "steps": stage.num_steps, **rounded}

@@ -14,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..modeling.precision import dtype_name, fast_dtype
+from ..training.muon import Muon
+
 
 @dataclass
 class Stage:
@@ -63,12 +66,17 @@ def make_optimizers(module: nn.Module, learning_rate: float, weight_decay: float
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     ]
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=learning_rate, weight_decay=weight_decay, ns_steps=5, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=weight_decay, ns_steps=5))
     return optimizers
+
+
+def fast_autocast(dtype: torch.dtype | None = None) -> torch.autocast:
+    """The context that the lab's models are trained and asked in on the CPU.
+
+    Args:
+        dtype: of matrix products, bfloat16 or float32; what the processor computes fast in, if `None`.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=(dtype or fast_dtype("cpu")) == torch.bfloat16)
 
 
 def _rate(stage: Stage, step: int) -> float:
@@ -83,16 +91,18 @@ def run_stage(stage: Stage, folder: Path, log: Callable[[str], None] = print) ->
     of training that it took over all its runs."""
     path = folder / f"{stage.name}.pt"
     optimizers = make_optimizers(stage.module, stage.learning_rate, stage.weight_decay)
-    step, seconds = 0, 0.0
+    step, seconds, dtype = 0, 0.0, fast_dtype("cpu")
     if path.exists():
         state = torch.load(path, weights_only=True)
         stage.module.load_state_dict(state["module"])
         step, seconds = state["step"], state["seconds"]
+        dtype = getattr(torch, state.get("dtype", "bfloat16"))  # as it began; older states don't say it
         if step >= stage.num_steps:
             return seconds
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         log(f"{stage.name}: going on at step {step}")
+    log(f"{stage.name}: computes in {dtype_name(dtype)}")
 
     def save() -> None:
         done = step >= stage.num_steps
@@ -101,6 +111,7 @@ def run_stage(stage: Stage, folder: Path, log: Callable[[str], None] = print) ->
             "optimizers": [] if done else [optimizer.state_dict() for optimizer in optimizers],
             "step": step,
             "seconds": seconds,
+            "dtype": dtype_name(dtype),
         }
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
@@ -117,7 +128,7 @@ def run_stage(stage: Stage, folder: Path, log: Callable[[str], None] = print) ->
                 for group in optimizer.param_groups:
                     group["lr"] = _rate(stage, step)
             stage.module.train()
-            with torch.autocast("cpu", torch.bfloat16):
+            with fast_autocast(dtype):
                 loss, fresh = stage.loss(batch)
             loss.backward()
             nn.utils.clip_grad_norm_(stage.module.parameters(), 1.0)
@@ -137,7 +148,7 @@ def run_stage(stage: Stage, folder: Path, log: Callable[[str], None] = print) ->
                 save()
             if stage.evaluate and (step % stage.evaluate_every == 0 or step == stage.num_steps):
                 stage.module.eval()
-                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                with torch.no_grad(), fast_autocast(dtype):
                     found = stage.evaluate()
                 log(f"{stage.name} step {step} " + " ".join(f"{name} {value:.4f}" for name, value in found.items()))
                 last = time.monotonic()

@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGen
 from .alignment import Alignment, alignment_batch, clip_tokenizer
 from .language import Speaker, cache_features, language_batch, language_tokenizer, text_config
 from .scenes import IMAGE_SIZE, PATCH_SIZE
-from .stages import Stage, run_stage
+from .stages import Stage, fast_autocast, run_stage
 from .tower import Tower, tower_batch, vision_config
 from .validation import begin_account, write_account
 from .vocabulary import CHAT_TEMPLATE, save_tokenizer
@@ -152,7 +152,7 @@ def main(
     for name, seconds, module in make_stages(work):
         modules[name] = module
         module.eval()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), fast_autocast():
             found = module.evaluate()
             if name == "alignment":
                 found |= {f"test_{key}": value for key, value in module.evaluate("test", 960).items()}

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.progress import track
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..modeling.precision import dtype_name, fast_dtype
 from .scenes import QUESTION_TYPES, Scene, ask_questions, sample_scene
 
 
@@ -79,6 +80,7 @@ def begin_account(command: str, seed: int, note: str) -> dict[str, object]:
         "command": command,
         "seed": seed,
         "threads": torch.get_num_threads(),
+        "dtype": dtype_name(fast_dtype("cpu")),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -5,15 +5,20 @@ Supported are 4.57.6 and 5.16 up to the newest. Each piece says which versions i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from inspect import signature as signature_of
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel, modeling_outputs
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.import_utils import is_mamba_ssm_available
 
 
@@ -30,6 +35,66 @@ except ImportError:  # 4.57: by the class attribute `_checkpoint_conversion_mapp
 AutoModelForVision2Seq = getattr(transformers, "AutoModelForVision2Seq", transformers.AutoModelForImageTextToText)
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+#: The name of the KV cache in the arguments and outputs of models: ≥ 5.24 renamed `past_key_values`.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def takes_cache(method: Method) -> Method:
+    """Decorates a method with an argument `cache`: it goes by the installed version's name, and from 5.24 on by the
+    old name as well, with the warning that Transformers' own methods give."""
+    if CACHE == "cache":
+        return deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")(method)
+
+    @functools.wraps(method)
+    def renamed(*args, **kwargs):
+        if CACHE in kwargs:
+            kwargs["cache"] = kwargs.pop(CACHE)
+        return method(*args, **kwargs)
+
+    signature = signature_of(method)  # `generate` and PEFT look there for the arguments that they pass
+    parameters = [p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()]
+    renamed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return renamed  # type: ignore[return-value]
+
+
+def cache_argument(cache: Cache | None) -> dict[str, Cache | None]:
+    """The KV cache as a keyword argument of a model or of `generate`."""
+    return {CACHE: cache}
+
+
+def cache_of(output: Any) -> Cache | None:
+    """The KV cache in the output of a model or of `generate`."""
+    return getattr(output, CACHE)
+
+
+def fields_with_cache(output: Any, cache: Cache | None) -> dict[str, Any]:
+    """The fields of a model's output, with another KV cache."""
+    return {**output, CACHE: cache}
+
+
+#: Output classes of multimodal models. Before 5.24 each backbone has its own, and LLaVA's have every field.
+StockModelOutput = getattr(modeling_outputs, "MultimodalBaseModelOutputWithPast", LlavaModelOutputWithPast)
+StockCausalLMOutput = getattr(modeling_outputs, "MultimodalCausalLMOutputWithPast", LlavaCausalLMOutputWithPast)
+
+
+def image_fields(sequences: Sequence[torch.Tensor] | None) -> dict[str, Any]:
+    """The visual tokens of images, (tokens, width) each, as fields of an output: ≥ 5.24 has them as
+    `image_outputs.pooler_output`, before they are one tensor, `image_hidden_states`."""
+    if sequences is None:
+        return {}
+    if "image_outputs" in StockModelOutput.__dataclass_fields__:
+        return {"image_outputs": BaseModelOutputWithPooling(pooler_output=list(sequences))}
+    return {"image_hidden_states": torch.cat(list(sequences))}
+
+
+def visual_tokens_of(output: Any) -> torch.Tensor:
+    """The visual tokens in the output of a model, compressed or stock: (tokens of all images, width)."""
+    if "image_outputs" in output:
+        return torch.cat(list(output.image_outputs.pooler_output))
+    return output.image_hidden_states
 
 
 def register_key_mapping(model_class: type, generation_class: type, base_model_type: str, own_keys: tuple[str, ...]):
@@ -57,6 +122,28 @@ def register_key_mapping(model_class: type, generation_class: type, base_model_t
     class_renamings = get_checkpoint_conversion_mapping(base_class_name)
     if class_renamings is not None:
         register_checkpoint_conversion_mapping(model_class.__name__, class_renamings, overwrite=True)
+
+
+class AsksForPlaceholdersMixin:
+    """Mixed in right before a Transformers processor: an image's placeholders are what `replace_image_token` writes.
+    ≥ 5.0 asks it by itself; 4.57 counts in a way of its own, so it gets prompts that have them, and no images."""
+
+    def __call__(self, images=None, text=None, **kwargs):
+        if TRANSFORMERS_5 or not images:
+            return super().__call__(images=images, text=text, **kwargs)  # type: ignore[misc]
+        options = kwargs.pop("images_kwargs", {})
+        options |= {name: kwargs.pop(name) for name in _IMAGE_OPTIONS if name in kwargs}
+        pixels = self.image_processor(images=images, **options)  # type: ignore[attr-defined]
+        written = iter([self.replace_image_token(pixels, index) for index in range(len(images))])  # type: ignore[attr-defined]
+        pieces = [prompt.split(self.image_token) for prompt in text]  # type: ignore[attr-defined]
+        prompts = [first + "".join(next(written) + piece for piece in rest) for first, *rest in pieces]
+        found = super().__call__(text=prompts, **kwargs)  # type: ignore[misc]
+        found.update(pixels)
+        groups = (kwargs, kwargs.get("text_kwargs") or {}, kwargs.get("common_kwargs") or {})
+        return found.convert_to_tensors(next((g["return_tensors"] for g in groups if "return_tensors" in g), None))
+
+
+_IMAGE_OPTIONS = ("do_resize", "max_pixels", "min_pixels", "size")  # those of `images_kwargs` that may stand outside it
 
 
 def clip_embeddings(vision_tower: nn.Module, *images: Any) -> torch.Tensor:
@@ -114,8 +201,6 @@ def image_features_output(tokens_per_image: list[torch.Tensor]):
     """What `get_image_features` returns: a list of (tokens, width) in 4.57, an output object around it in ≥ 5.0."""
     if not TRANSFORMERS_5:
         return tokens_per_image
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
     return BaseModelOutputWithPooling(pooler_output=tokens_per_image)
 
 
@@ -138,10 +223,17 @@ def stock_deepstack_features(
     return list(features.pooler_output), [x if torch.is_tensor(x) else torch.cat(list(x)) for x in layers]
 
 
+#: The name of gradient checkpointing in methods of models and in `TrainingArguments`: newer 5.x call it another.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+
+
 def checkpoints_activations(model: nn.Module) -> bool:
-    """Whether gradient checkpointing is on; the newest 5.x give it another name."""
-    name = "is_activation_checkpointing"
-    return getattr(model, name if hasattr(type(model), name) else "is_gradient_checkpointing")
+    """Whether gradient checkpointing is on."""
+    return getattr(model, f"is_{CHECKPOINTING}")
 
 
 def remove_from_cache(cache: Cache, count: int) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import Cache, PretrainedConfig
-from transformers.modeling_outputs import ModelOutput
+from transformers import PretrainedConfig
 
 from .adapter_layout import base_of, forget_base, hub_arguments, read_all_tensors, read_generation_config
+from .compatibility import StockCausalLMOutput, StockModelOutput
 
 
 @dataclass
@@ -36,41 +36,25 @@ class TokenProvenance:
 
 
 @dataclass
-class CompressedModelOutputWithPast(ModelOutput):
-    """Output of a compressed model without a language modeling head.
+class CompressedModelOutputWithPast(StockModelOutput):
+    """Output of a compressed model without a language modeling head: the stock model's, and
 
     Args:
-        last_hidden_state: (batch, length, width), in the caller's columns; zeros at placeholders that have no token.
-        past_key_values: a [`LogicalCache`] where the language model runs on fewer columns than the caller sees.
-        hidden_states, attentions: of the language model, on the columns that it runs on.
-        image_hidden_states: (tokens of all images, width), the projected visual tokens, image after image.
         compression: one [`TokenProvenance`] an image, when `output_compression=True`.
+
+    Where the language model runs on fewer columns than the caller sees, `last_hidden_state` is in the caller's columns,
+    zeros at placeholders that have no token, the cache is a [`LogicalCache`], and `hidden_states` and `attentions` are
+    those of the language model, on the columns that it runs on.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
     compression: list[TokenProvenance] | None = None
 
 
 @dataclass
-class CompressedCausalLMOutputWithPast(ModelOutput):
-    """Output of a compressed model with a language modeling head.
+class CompressedCausalLMOutputWithPast(StockCausalLMOutput):
+    """Output of a compressed model with a language modeling head: the stock model's, with `compression` as in
+    [`CompressedModelOutputWithPast`], and with logits in the caller's columns."""
 
-    Args:
-        loss: next-token loss.
-        logits: (batch, length or `logits_to_keep`, vocabulary).
-        others: as in [`CompressedModelOutputWithPast`].
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
     compression: list[TokenProvenance] | None = None
 
 
@@ -170,6 +154,14 @@ def keep_logits(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> tor
     return values[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else values[:, logits_to_keep]
 
 
+def with_logits(
+    output: CompressedModelOutputWithPast, loss: torch.Tensor | None, logits: torch.Tensor
+) -> CompressedCausalLMOutputWithPast:
+    """The output of a model with a head, of what the model without one returned."""
+    shared = {name: value for name, value in output.items() if name != "last_hidden_state"}
+    return CompressedCausalLMOutputWithPast(loss=loss, logits=logits, **shared)
+
+
 class CompressedGenerationMixin(CompressedModelMixin):
     """Mixed into the model with a head, where its last hidden states are in the caller's columns."""
 
@@ -190,14 +182,6 @@ class CompressedGenerationMixin(CompressedModelMixin):
                 vocab_size=self.config.text_config.vocab_size,  # type: ignore[attr-defined]
                 num_items_in_batch=num_items_in_batch,
             )
-        causal = CompressedCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=output.image_hidden_states,
-            compression=output.compression,
-        )
+        causal = with_logits(output, loss, logits)
         return_dict = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
         return causal if return_dict else causal.to_tuple()

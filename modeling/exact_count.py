@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .compatibility import image_features_output
+from .compatibility import image_features_output, image_fields
 from .compressed_image import CompressedImage
 from .compressed_model import (
     CompressedGenerationMixin,
@@ -66,38 +66,31 @@ class ExactCountModelMixin(CompressedModelMixin):
         inputs_embeds: torch.FloatTensor | None,
         mm_encoder_outputs: dict[str, Any] | None,
         output_compression: bool,
-        tokens: torch.Tensor | None = None,
+        sequences: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> CompressedModelOutputWithPast:
-        """Puts the compressed visual tokens in their columns, and lets the stock model run on the rest. `tokens`: those
-        of all images, (tokens, width), where they are there already."""
+        """Puts the compressed visual tokens in their columns, and lets the stock model run on the rest. `sequences`:
+        the tokens of each image, (tokens, width), where they are there already."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of input_ids and inputs_embeds.")
         encoded = (mm_encoder_outputs or {}).get("image")
         has_images = any(images[name] is not None and len(images[name]) > 0 for name in self.visual_inputs)
-        if has_images + (encoded is not None) + (tokens is not None) > 1:
+        if has_images + (encoded is not None) + (sequences is not None) > 1:
             raise ValueError("Pass one of pixel_values, mm_encoder_outputs and compressed_images.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         provenance = None
         if encoded is not None:
-            tokens = torch.cat(list(encoded.pooler_output))
+            sequences = list(encoded.pooler_output)
         elif has_images:
             compressed = self.compress_images(**images, trace=output_compression)
-            tokens, provenance = compressed.tokens, compressed.provenance
-        if tokens is not None:
-            tokens = tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+            sequences, provenance = list(compressed.tokens.split(compressed.counts)), compressed.provenance
+        if sequences is not None:
+            tokens = torch.cat(sequences).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(self._columns_of(tokens, input_ids, inputs_embeds), tokens)
         # The stock forward pass is left without images: it runs the language model.
         output = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)  # type: ignore[misc]
-        return CompressedModelOutputWithPast(
-            last_hidden_state=output.last_hidden_state,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=tokens,
-            compression=provenance,
-        )
+        return CompressedModelOutputWithPast(**output, **image_fields(sequences), compression=provenance)
 
     def _columns_of(
         self, tokens: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
@@ -154,12 +147,14 @@ class PromptAgnosticModelMixin(ExactCountModelMixin):
         """Of what `compress_images` gives."""
         return self.config.text_config.hidden_size  # type: ignore[attr-defined]
 
-    def _tokens_of(self, images: list[CompressedImage]) -> torch.Tensor:
-        """(tokens, width) of images that were compressed before."""
+    def _sequences_of(self, images: list[CompressedImage] | None) -> list[torch.Tensor] | None:
+        """The tokens, (tokens, width), of images that were compressed before."""
+        if images is None:
+            return None
         method, width = self.config.compression.method, self._width()  # type: ignore[attr-defined]
         for image in images:
             image.require(method, image.embeddings is not None and image.embeddings.shape[1] == width)
-        return torch.cat([image.embeddings for image in images])  # type: ignore[misc]
+        return [image.embeddings for image in images]  # type: ignore[misc]
 
 
 class ExactCountGenerationMixin(ImageInputsMixin, CompressedGenerationMixin):

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from .compatibility import CACHE, cache_argument, takes_cache
+
 
 class ImageInputsMixin:
     """Mixed into a model that generates, before the Transformers class.
@@ -26,11 +28,12 @@ class ImageInputsMixin:
         """The inputs of some images, (indices,), at least one."""
         return {name: None if value is None else _entries(value, chosen) for name, value in images.items()}
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+    @takes_cache
+    def prepare_inputs_for_generation(self, input_ids, cache=None, **kwargs):
         images = {name: kwargs.pop(name, None) for name in self.image_inputs}
         encoded = kwargs.pop("mm_encoder_outputs", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)  # type: ignore[misc]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        inputs = super().prepare_inputs_for_generation(input_ids, **cache_argument(cache), **kwargs)  # type: ignore[misc]
+        past = 0 if cache is None else cache.get_seq_length()
         is_decoding = past > 0 and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == 1
         if is_decoding:
             return inputs
@@ -82,8 +85,8 @@ class ImageInputsMixin:
             )
         images = {name: model_kwargs.pop(name, None) for name in self.image_inputs}
         encoded = model_kwargs.pop("mm_encoder_outputs", None)
-        past = model_kwargs.get("past_key_values")
-        past = 0 if past is None else past.get_seq_length()
+        cache = model_kwargs.get(CACHE)
+        past = 0 if cache is None else cache.get_seq_length()
         if (counts := self._placeholders_of(images)) is not None:
             chosen = self._repeated_images(input_ids, past, counts, expand_size)
             images = self._take(images, chosen)

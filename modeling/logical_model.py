@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import Cache, DynamicCache
 
-from .compatibility import checkpoints_activations
+from .compatibility import cache_argument, checkpoints_activations, takes_cache
 from .compressed_model import CompressedModelMixin
 from .logical_cache import LogicalCache
 
@@ -20,7 +20,7 @@ class LogicalModelMixin(CompressedModelMixin):
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.FloatTensor | None,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, LogicalCache | None]:
         """What a call brings.
@@ -36,11 +36,11 @@ class LogicalModelMixin(CompressedModelMixin):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         batch_size, num_columns = inputs_embeds.shape[:2]
-        cache = self._wrap_cache(past_key_values, use_cache, batch_size, inputs_embeds.device)
+        logical = self._wrap_cache(cache, use_cache, batch_size, inputs_embeds.device)
         present = None if attention_mask is None else attention_mask[:, -num_columns:].bool()
-        if cache is not None and attention_mask is not None and num_columns > 1:
-            cache.hide(attention_mask[:, :-num_columns])  # a later turn may leave out what earlier ones said
-        return inputs_embeds, present, cache
+        if logical is not None and attention_mask is not None and num_columns > 1:
+            logical.hide(attention_mask[:, :-num_columns])  # a later turn may leave out what earlier ones said
+        return inputs_embeds, present, logical
 
     def _wrap_cache(
         self, cache: Cache | None, use_cache: bool | None, batch_size: int, device: torch.device
@@ -67,7 +67,8 @@ class LogicalGenerationMixin:
 
     _can_compile_fullgraph = False
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
-        if past_key_values is not None:
-            past_key_values = LogicalCache.wrap(past_key_values, len(input_ids), input_ids.device)
-        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)  # type: ignore[misc]
+    @takes_cache
+    def prepare_inputs_for_generation(self, input_ids, cache=None, **kwargs):
+        if cache is not None:
+            cache = LogicalCache.wrap(cache, len(input_ids), input_ids.device)
+        return super().prepare_inputs_for_generation(input_ids, **cache_argument(cache), **kwargs)  # type: ignore[misc]

@@ -18,7 +18,15 @@ from transformers import Cache, DynamicCache
 from transformers.utils import logging
 
 from .attention_rows import attention_over, watched_attention
-from .compatibility import checkpoints_activations, write_to_cache
+from .compatibility import (
+    cache_argument,
+    cache_of,
+    checkpoints_activations,
+    fields_with_cache,
+    image_fields,
+    takes_cache,
+    write_to_cache,
+)
 from .compressed_image import CompressedImage
 from .compressed_model import (
     CompressedGenerationMixin,
@@ -114,7 +122,7 @@ class ETCModelMixin(PlacedModelMixin):
             )
         if columns is None:
             raise ValueError("There is no image to compress: pass what the processor returns for prompts with images.")
-        cache: LogicalCache = output.past_key_values  # type: ignore[assignment]
+        cache: LogicalCache = cache_of(output)  # type: ignore[assignment]
         places = columns.columns_of(compressed=True).to(cache.source.device)
         rows = columns.rows.to(places.device)
         # Where each compressed token's column lies among the entries.
@@ -151,7 +159,7 @@ class ETCModelMixin(PlacedModelMixin):
         input_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         output_compression: bool = False,
         images_alone: bool = False,
@@ -163,20 +171,20 @@ class ETCModelMixin(PlacedModelMixin):
             The output, in the caller's columns; where the images lie in them and what was made of them, if there are.
         """
         kwargs.pop("cache_position", None)  # 4.57's generate passes logical ones; the language model counts for itself
-        masked = self.training and past_key_values is None and self._takes_masks  # type: ignore[attr-defined]
-        inputs_embeds, present, cache = self._open_columns(
-            input_ids, inputs_embeds, attention_mask, past_key_values, False if masked else use_cache
+        masked = self.training and cache is None and self._takes_masks  # type: ignore[attr-defined]
+        inputs_embeds, present, logical = self._open_columns(
+            input_ids, inputs_embeds, attention_mask, cache, False if masked else use_cache
         )
         has_images = images[self.visual_inputs[0]] is not None
         if has_images and compressed_images is not None:
             raise ValueError("Pass pixel_values or compressed_images, not both.")
         if not has_images and compressed_images is None:
-            self._check_text_alone(input_ids, cache)
-            return self._run_columns(inputs_embeds, present, cache, **kwargs), None, None
+            self._check_text_alone(input_ids, logical)
+            return self._run_columns(inputs_embeds, present, logical, **kwargs), None, None
 
         num_compressed = self.config.compression.num_visual_tokens  # type: ignore[attr-defined]
         if compressed_images is not None:
-            encoded = self._take_compressed(compressed_images, cache, num_compressed)
+            encoded = self._take_compressed(compressed_images, logical, num_compressed)
         else:
             encoded = self.encode_images(**images)
         # The one time that the host waits for the device: where the images are.
@@ -186,8 +194,8 @@ class ETCModelMixin(PlacedModelMixin):
         positions = self.positions_of(columns, None if encoded.grids is None else encoded.grids.cpu())
         device = inputs_embeds.device
         positions = positions.to(device)
-        if cache is not None:
-            positions = positions + cache.next_positions(len(inputs_embeds), device)
+        if logical is not None:
+            positions = positions + logical.next_positions(len(inputs_embeds), device)
 
         if compressed_images is not None:
             self._check_prefixes(compressed_images, columns, input_ids)
@@ -198,7 +206,7 @@ class ETCModelMixin(PlacedModelMixin):
             inputs_embeds = inputs_embeds.masked_scatter(at_z, z.repeat(len(encoded.lengths), 1))
 
         watch = _Provenance(self, columns) if output_compression and compressed_images is None else None
-        if cache is None and self._takes_masks:
+        if logical is None and self._takes_masks:
             output = self._run_masked(inputs_embeds, columns, positions, encoded, watch, **kwargs)
         else:
             if self.training and checkpoints_activations(self):  # type: ignore[attr-defined,arg-type]
@@ -206,16 +214,18 @@ class ETCModelMixin(PlacedModelMixin):
                     "Gradient checkpointing needs the masked pass, which this attention kernel can't run: load the "
                     "model with attn_implementation='sdpa'."
                 )
-            for_now = cache
+            for_now = logical
             if for_now is None:
                 for_now = LogicalCache(DynamicCache(config=self.config.text_config))  # type: ignore[attr-defined]
             output = self._run_passes(
                 inputs_embeds, columns, positions, encoded, for_now, compressed_images, watch, images_alone, **kwargs
             )
-            output.past_key_values = cache
         at_compressed = columns.rows[:, None].to(device), columns.columns_of(compressed=True).to(device)
-        output.image_hidden_states = output.last_hidden_state[at_compressed].flatten(0, 1)
-        output.compression = watch.result() if watch is not None else None
+        output = CompressedModelOutputWithPast(
+            **fields_with_cache(output, logical),
+            **image_fields(output.last_hidden_state[at_compressed].unbind()),
+            compression=watch.result() if watch is not None else None,
+        )
         return output, columns, encoded
 
     @property
@@ -237,11 +247,7 @@ class ETCModelMixin(PlacedModelMixin):
             kwargs["deepstack_visual_embeds"] = encoded.deepstack
         with watch.over(None) if watch is not None else nullcontext():
             output = self._run_language_model(inputs_embeds, mask, positions, None, 0, **kwargs)
-        return CompressedModelOutputWithPast(
-            last_hidden_state=output.last_hidden_state,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        return CompressedModelOutputWithPast(**output)
 
     def _run_passes(
         self,
@@ -318,7 +324,7 @@ class ETCModelMixin(PlacedModelMixin):
             hidden_states = tuple(in_columns(list(layer)) for layer in zip(*(o.hidden_states for o in outputs)))
         return CompressedModelOutputWithPast(
             last_hidden_state=in_columns([output.last_hidden_state for output in outputs]),
-            past_key_values=cache,
+            **cache_argument(cache),
             hidden_states=hidden_states,
             attentions=outputs[-1].attentions,
         )
@@ -333,7 +339,7 @@ class ETCModelMixin(PlacedModelMixin):
         if cache is None:
             raise ValueError("Compressed images live in the cache: leave use_cache=False out.")
         if cache.logical_length:
-            raise ValueError("A compressed image goes with the text before it: start without past_key_values.")
+            raise ValueError("A compressed image goes with the text before it: start without a cache.")
         text = self.config.text_config  # type: ignore[attr-defined]
         for image in images:
             fits = image.keys is not None and (image.grid is not None) == ("image_grid_thw" in self.visual_inputs)
@@ -451,9 +457,8 @@ class ETCGenerationMixin(LogicalGenerationMixin, ImageInputsMixin, CompressedGen
         if processor is not None:
             processor.set_compression(settings)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, use_cache=None, **kwargs):
+    @takes_cache
+    def prepare_inputs_for_generation(self, input_ids, cache=None, use_cache=None, **kwargs):
         if use_cache is False:
             logger.warning_once("Without a cache ETC reads every image again for every token, and nothing is freed.")
-        return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
-        )
+        return super().prepare_inputs_for_generation(input_ids, **cache_argument(cache), use_cache=use_cache, **kwargs)

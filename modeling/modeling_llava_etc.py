@@ -8,7 +8,7 @@ from transformers import Cache, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
 from ..configuration.configuration_llava_etc import LlavaETCConfig
-from .compatibility import register_key_mapping, stock_image_sequences
+from .compatibility import register_key_mapping, stock_image_sequences, takes_cache
 from .compressed_image import CompressedImage
 from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast
 from .modeling_etc import EncodedImages, ETCGenerationMixin, ETCModelMixin
@@ -28,13 +28,14 @@ class LlavaETCModel(ETCModelMixin, LlavaModel):
         sequences = stock_image_sequences(LlavaModel, self, pixel_values=pixel_values)
         return EncodedImages(torch.cat(sequences), [len(tokens) for tokens in sequences])
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         compressed_images: list[CompressedImage] | None = None,
         use_cache: bool | None = None,
@@ -57,7 +58,7 @@ class LlavaETCModel(ETCModelMixin, LlavaModel):
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             output_compression=output_compression,
             **kwargs,
@@ -78,13 +79,14 @@ class LlavaETCForConditionalGeneration(ETCGenerationMixin, LlavaForConditionalGe
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         compressed_images: list[CompressedImage] | None = None,
         labels: torch.LongTensor | None = None,
@@ -105,7 +107,7 @@ class LlavaETCForConditionalGeneration(ETCGenerationMixin, LlavaForConditionalGe
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             compressed_images=compressed_images,
             use_cache=use_cache,

@@ -9,7 +9,7 @@ from transformers import Cache, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
 from ..configuration.configuration_llava_meteor import LlavaMeteorConfig
-from .compatibility import register_key_mapping, replace_clip_embeddings
+from .compatibility import cache_argument, register_key_mapping, replace_clip_embeddings, takes_cache
 from .compressed_image import CompressedImage
 from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast, TokenProvenance
 from .compressor_meteor import FlashGlobalFusion, native_scores, visual_scores
@@ -123,6 +123,7 @@ class LlavaMeteorModel(PromptAgnosticModelMixin, LlavaModel):
         version of Transformers gives its own models' image features."""
         return self._image_features(pixel_values=pixel_values, image_sizes=image_sizes)
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -130,7 +131,7 @@ class LlavaMeteorModel(PromptAgnosticModelMixin, LlavaModel):
         image_sizes: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict | None = None,
         compressed_images: list[CompressedImage] | None = None,
@@ -152,10 +153,10 @@ class LlavaMeteorModel(PromptAgnosticModelMixin, LlavaModel):
             inputs_embeds,
             mm_encoder_outputs,
             output_compression,
-            tokens=None if compressed_images is None else self._tokens_of(compressed_images),
+            sequences=self._sequences_of(compressed_images),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_argument(cache),
             **kwargs,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -175,6 +176,7 @@ class LlavaMeteorForConditionalGeneration(ExactCountGenerationMixin, LlavaForCon
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -182,7 +184,7 @@ class LlavaMeteorForConditionalGeneration(ExactCountGenerationMixin, LlavaForCon
         image_sizes: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -205,7 +207,7 @@ class LlavaMeteorForConditionalGeneration(ExactCountGenerationMixin, LlavaForCon
             image_sizes=image_sizes,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             compressed_images=compressed_images,

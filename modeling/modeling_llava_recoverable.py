@@ -18,12 +18,16 @@ from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
 from ..configuration.configuration_llava_recoverable import LlavaRecoverableConfig
 from .compatibility import (
+    cache_argument,
     cache_positions,
     clip_embeddings,
     clip_layers,
+    fields_with_cache,
     image_features_output,
+    image_fields,
     register_key_mapping,
     run_clip_layer,
+    takes_cache,
 )
 from .compressed_model import (
     CompressedCausalLMOutputWithPast,
@@ -31,6 +35,7 @@ from .compressed_model import (
     CompressedModelOutputWithPast,
     TokenProvenance,
     keep_logits,
+    with_logits,
 )
 from .compressor_recoverable import TokenAssignment, assign_tokens, text_similarity, visual_scores
 from .image_inputs import ImageInputsMixin
@@ -151,13 +156,14 @@ class LlavaRecoverableModel(LogicalModelMixin, LlavaModel):
         images = self.compress_images(pixel_values, question_input_ids, question_attention_mask)
         return image_features_output(list(images.tokens.split(images.counts.tolist())))
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         question_input_ids: torch.LongTensor | None = None,
         question_attention_mask: torch.Tensor | None = None,
@@ -179,7 +185,7 @@ class LlavaRecoverableModel(LogicalModelMixin, LlavaModel):
             input_ids,
             pixel_values,
             attention_mask,
-            past_key_values,
+            cache,
             inputs_embeds,
             question_input_ids,
             question_attention_mask,
@@ -196,7 +202,7 @@ class LlavaRecoverableModel(LogicalModelMixin, LlavaModel):
         input_ids: torch.LongTensor | None,
         pixel_values: torch.FloatTensor | None,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         inputs_embeds: torch.FloatTensor | None,
         question_input_ids: torch.LongTensor | None,
         question_attention_mask: torch.Tensor | None,
@@ -206,9 +212,7 @@ class LlavaRecoverableModel(LogicalModelMixin, LlavaModel):
     ) -> tuple[CompressedModelOutputWithPast, PhysicalSequence]:
         """The forward pass, with `last_hidden_state` still on the physical sequence, which comes with it."""
         kwargs.pop("cache_position", None)  # 4.57's generate passes logical ones; the language model counts for itself
-        inputs_embeds, present, cache = self._open_columns(
-            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache
-        )
+        inputs_embeds, present, logical = self._open_columns(input_ids, inputs_embeds, attention_mask, cache, use_cache)
         num_columns = inputs_embeds.shape[1]
 
         images, lengths = None, None
@@ -225,25 +229,22 @@ class LlavaRecoverableModel(LogicalModelMixin, LlavaModel):
             tokens = images.tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(taken[..., None], tokens)
 
-        sequence = lay_out(inputs_embeds, present, cache, lengths)
-        past, length = 0 if cache is None else cache.physical_length, sequence.inputs_embeds.shape[1]
+        sequence = lay_out(inputs_embeds, present, logical, lengths)
+        past, length = 0 if logical is None else logical.physical_length, sequence.inputs_embeds.shape[1]
         output = self.language_model(
             inputs_embeds=sequence.inputs_embeds,
             attention_mask=sequence.attention_mask,
             position_ids=sequence.position_ids,
-            past_key_values=cache.inner if cache is not None else None,
-            use_cache=cache is not None,
+            **cache_argument(None if logical is None else logical.inner),
+            use_cache=logical is not None,
             **cache_positions(past, length, inputs_embeds.device),
             **kwargs,
         )
-        if cache is not None:
-            cache.append(sequence.source, num_columns, sequence.has_gaps)
+        if logical is not None:
+            logical.append(sequence.source, num_columns, sequence.has_gaps)
         output = CompressedModelOutputWithPast(
-            last_hidden_state=output.last_hidden_state,
-            past_key_values=cache,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=images.tokens if images is not None else None,
+            **fields_with_cache(output, logical),
+            **image_fields(None if images is None else images.tokens.split(images.counts.tolist())),
             compression=images.provenance() if images is not None and output_compression else None,
         )
         return output, sequence
@@ -278,13 +279,14 @@ class LlavaRecoverableForConditionalGeneration(
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         question_input_ids: torch.LongTensor | None = None,
         question_attention_mask: torch.Tensor | None = None,
@@ -306,7 +308,7 @@ class LlavaRecoverableForConditionalGeneration(
             input_ids,
             pixel_values,
             attention_mask,
-            past_key_values,
+            cache,
             inputs_embeds,
             question_input_ids,
             question_attention_mask,
@@ -327,17 +329,9 @@ class LlavaRecoverableForConditionalGeneration(
             logits = keep_logits(sequence.to_logical(physical_logits), logits_to_keep)
         else:
             logits = self.lm_head(keep_logits(sequence.to_logical(output.last_hidden_state), logits_to_keep))
-        output = CompressedCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=output.image_hidden_states,
-            compression=output.compression,
-        )
+        causal = with_logits(output, loss, logits)
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return causal if return_dict else causal.to_tuple()
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs):
         return self.model.get_image_features(pixel_values, **kwargs)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import Cache, CLIPTextModelWithProjection
 
-from .compatibility import checkpoints_activations
+from .compatibility import cache_argument, checkpoints_activations, takes_cache
 from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast
 from .exact_count import ExactCountGenerationMixin, ExactCountModelMixin
 from .vision_encoder_qgvtc import EncodedImages, encode_images
@@ -110,6 +110,7 @@ class QGVTCModelMixin(ExactCountModelMixin):
             question_attention_mask=question_attention_mask,
         )
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -117,7 +118,7 @@ class QGVTCModelMixin(ExactCountModelMixin):
         image_sizes: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         question_input_ids: torch.LongTensor | None = None,
         question_attention_mask: torch.Tensor | None = None,
@@ -150,7 +151,7 @@ class QGVTCModelMixin(ExactCountModelMixin):
             output_compression,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_argument(cache),
             **kwargs,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
@@ -162,6 +163,7 @@ class QGVTCGenerationMixin(ExactCountGenerationMixin):
 
     image_inputs = ("pixel_values", "image_sizes", "question_input_ids", "question_attention_mask")
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -169,7 +171,7 @@ class QGVTCGenerationMixin(ExactCountGenerationMixin):
         image_sizes: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         question_input_ids: torch.LongTensor | None = None,
         question_attention_mask: torch.Tensor | None = None,
@@ -193,7 +195,7 @@ class QGVTCGenerationMixin(ExactCountGenerationMixin):
             image_sizes=image_sizes,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             question_input_ids=question_input_ids,
             question_attention_mask=question_attention_mask,

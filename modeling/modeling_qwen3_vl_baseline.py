@@ -13,6 +13,7 @@ from transformers import Cache, Qwen3VLForConditionalGeneration, Qwen3VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel
 
 from ..configuration.configuration_qwen3_vl_baseline import Qwen3VLBaselineConfig
+from .compatibility import image_fields
 from .compressed_image import CompressedImage
 from .compressed_model import CompressedGenerationMixin, CompressedModelOutputWithPast
 from .exact_count import CompressedImages
@@ -74,26 +75,25 @@ class Qwen3VLBaselineModel(Qwen3VLModelMixin, BaselineModelMixin, PlacedModelMix
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.FloatTensor | None,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool | None,
         output_compression: bool,
         **kwargs,
     ) -> CompressedModelOutputWithPast:
         kwargs.pop("cache_position", None)  # 4.57's generate passes it; the language model counts for itself
-        inputs_embeds, present, cache = self._open_columns(
-            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache
-        )
+        inputs_embeds, present, logical = self._open_columns(input_ids, inputs_embeds, attention_mask, cache, use_cache)
         has_images = images["pixel_values"] is not None
         if has_images and compressed_images is not None:
             raise ValueError("Pass pixel_values or compressed_images, not both.")
         if compressed_images is not None:
-            counts = [len(image.embeddings) for image in compressed_images]
-            compressed = CompressedImages(self._tokens_of(compressed_images).to(inputs_embeds.device), counts)
+            sequences = self._sequences_of(compressed_images)
+            tokens = torch.cat(sequences).to(inputs_embeds.device)
+            compressed = CompressedImages(tokens, [len(tokens) for tokens in sequences])
         elif has_images:
             compressed = self.compress_images(**images, trace=output_compression)
         else:
-            self._check_text_alone(input_ids, cache)
-            return self._run_columns(inputs_embeds, present, cache, **kwargs)
+            self._check_text_alone(input_ids, logical)
+            return self._run_columns(inputs_embeds, present, logical, **kwargs)
         columns = self._columns_of(compressed.tokens, input_ids, inputs_embeds)
         placed = compressed.tokens[:, -4:].round().long()
         positions = self._positions(columns[..., 0], present, compressed.counts, placed)
@@ -105,14 +105,15 @@ class Qwen3VLBaselineModel(Qwen3VLModelMixin, BaselineModelMixin, PlacedModelMix
         output = self._run_columns(
             inputs_embeds.masked_scatter(columns, tokens),
             present,
-            cache,
+            logical,
             positions,
             visual_pos_masks=columns[..., 0],
             deepstack_visual_embeds=deepstack,
             **kwargs,
         )
-        output.image_hidden_states, output.compression = tokens, compressed.provenance
-        return output
+        return CompressedModelOutputWithPast(
+            **output, **image_fields(tokens.split(compressed.counts)), compression=compressed.provenance
+        )
 
     @staticmethod
     def _positions(

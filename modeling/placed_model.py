@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .compatibility import cache_positions
+from .compatibility import cache_argument, cache_positions, fields_with_cache
 from .compressed_model import CompressedModelOutputWithPast
 from .logical_cache import LogicalCache
 from .logical_model import LogicalModelMixin
@@ -61,12 +61,7 @@ class PlacedModelMixin(LogicalModelMixin):
         )
         if cache is not None:
             cache.extend(sequence.source[:, past:], positions.amax(0), length, sequence.has_gaps)
-        return CompressedModelOutputWithPast(
-            last_hidden_state=output.last_hidden_state,
-            past_key_values=cache,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        return CompressedModelOutputWithPast(**fields_with_cache(output, cache))
 
     def _run_language_model(
         self,
@@ -81,7 +76,7 @@ class PlacedModelMixin(LogicalModelMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=self._position_ids(positions),
-            past_key_values=cache,
+            **cache_argument(cache),
             use_cache=cache is not None,
             **cache_positions(past, inputs_embeds.shape[1], inputs_embeds.device),
             **kwargs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import Cache, GenerationMixin, Qwen3VLModel
 
-from .compatibility import stock_deepstack_features
+from .compatibility import stock_deepstack_features, takes_cache
 from .compressed_image import CompressedImage
 from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast
 
@@ -38,12 +38,13 @@ class Qwen3VLModelMixin:
     def _position_ids(self, positions: torch.Tensor) -> torch.Tensor:
         return positions.expand(3, -1, -1)
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         pixel_values_videos: torch.FloatTensor | None = None,
@@ -74,7 +75,7 @@ class Qwen3VLModelMixin:
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             output_compression=output_compression,
             **kwargs,
@@ -88,12 +89,13 @@ class Qwen3VLGenerationMixin:
 
     image_inputs = ("pixel_values", "image_grid_thw", "compressed_images")
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
@@ -118,7 +120,7 @@ class Qwen3VLGenerationMixin:
         output = self.model(  # type: ignore[attr-defined]
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos,

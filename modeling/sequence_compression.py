@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import Cache, LlavaModel, LlavaNextModel
 
-from .compatibility import stock_image_sequences
+from .compatibility import cache_argument, stock_image_sequences, takes_cache
 from .compressed_image import CompressedImage
 from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast, TokenProvenance
 from .exact_count import CompressedImages, ExactCountGenerationMixin, PromptAgnosticModelMixin
@@ -71,8 +71,8 @@ class SequenceModelMixin(PromptAgnosticModelMixin):
         Args:
             pixel_values: (images, 3, height, width); LLaVA-NeXT: (images, most tiles, 3, height, width).
             image_sizes: (images, 2), height and width in pixels, for LLaVA-NeXT.
-            image_embeds: (tokens of all images, width), what a run without compression gives as
-                `image_hidden_states`, in place of `pixel_values`.
+            image_embeds: (tokens of all images, width), the visual tokens of a run without compression, in place of
+                `pixel_values`.
             trace: whether to say what the tokens are made of.
         """
         if image_embeds is not None:
@@ -115,6 +115,7 @@ class SequenceModelMixin(PromptAgnosticModelMixin):
         Transformers gives its own models' image features."""
         return self._image_features(pixel_values=pixel_values, image_sizes=image_sizes)
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -122,7 +123,7 @@ class SequenceModelMixin(PromptAgnosticModelMixin):
         image_sizes: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict | None = None,
@@ -145,10 +146,10 @@ class SequenceModelMixin(PromptAgnosticModelMixin):
             inputs_embeds,
             mm_encoder_outputs,
             output_compression,
-            tokens=None if compressed_images is None else self._tokens_of(compressed_images),
+            sequences=self._sequences_of(compressed_images),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_argument(cache),
             **kwargs,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
@@ -160,6 +161,7 @@ class SequenceGenerationMixin(ExactCountGenerationMixin):
 
     image_inputs = ("pixel_values", "image_sizes", "compressed_images")
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -167,7 +169,7 @@ class SequenceGenerationMixin(ExactCountGenerationMixin):
         image_sizes: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -191,7 +193,7 @@ class SequenceGenerationMixin(ExactCountGenerationMixin):
             image_sizes=image_sizes,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             image_embeds=image_embeds,
             mm_encoder_outputs=mm_encoder_outputs,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from transformers import LlavaProcessor
 from transformers.processing_utils import MultiModalData
 
-from ..modeling.compatibility import TRANSFORMERS_5
-from ..modeling.compressed_image import CompressedImage
+from ..modeling.compatibility import AsksForPlaceholdersMixin
 from .compressed_image_processor import CompressedImageProcessorMixin
 
 
-class LlavaMeteorProcessor(CompressedImageProcessorMixin, LlavaProcessor):
+class LlavaMeteorProcessor(CompressedImageProcessorMixin, AsksForPlaceholdersMixin, LlavaProcessor):
     """`LlavaProcessor` for images of any size, with as many placeholders as an image's views keep tokens, and one for
     every separator between slices.
 
@@ -55,20 +54,6 @@ class LlavaMeteorProcessor(CompressedImageProcessorMixin, LlavaProcessor):
 
     def replace_image_token(self, image_inputs, image_idx, **kwargs):
         return self.image_token * self.count_placeholders(image_inputs["image_sizes"][image_idx])
-
-    def _call_stock(self, images, prompts, **kwargs):
-        if TRANSFORMERS_5 or not images or isinstance(images[0], CompressedImage):
-            return super()._call_stock(images, prompts, **kwargs)
-        # 4.57 would write as many placeholders for every image: it gets the prompts with them, and no image.
-        pixels = self.image_processor(images, **kwargs.pop("images_kwargs", {}))
-        counts = iter([self.count_placeholders(size) for size in pixels["image_sizes"]])
-        pieces = [prompt.split(self.image_token) for prompt in prompts]
-        prompts = [
-            first + "".join(self.image_token * next(counts) + piece for piece in rest) for first, *rest in pieces
-        ]
-        found = super()._call_stock([], prompts, **kwargs)
-        found.update(pixels)
-        return found.convert_to_tensors(kwargs.get("return_tensors"))
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
         if image_sizes is None:

@@ -1,6 +1,9 @@
 """Settings of all tests: nothing is downloaded, few threads, tiny checkpoints made once a session."""
 
+import functools
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,11 +13,13 @@ import pytest
 import torch
 
 from foveate import convert
-from foveate.registry import METHODS
+from foveate.registry import METHODS, Backbone, Method
 
 from .conversion.tiny_checkpoints import write_clip, write_llava, write_llava_next, write_qwen3_vl
+from .helpers.deprecations import refuse_deprecated_names
 
 
+refuse_deprecated_names()
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
 #: How to write a tiny base of each kind, with the text encoder that goes with it.
@@ -44,36 +49,80 @@ UNLIKE_THE_STOCK_MODEL = {
 CLASSES = [(method, backbone) for method in METHODS.values() for backbone in method.backbones]
 
 
+def pair_id(method: Method, backbone: Backbone) -> str:
+    return f"{method.name}-{backbone.base_model_type}"
+
+
 def reads_question(backbone) -> bool:
     return "question_config" in backbone.config_class.sub_configs
 
 
-@pytest.fixture(scope="session", params=CLASSES, ids=lambda pair: f"{pair[0].name}-{pair[1].base_model_type}")
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Where tests run in several processes, those that share what is made once a session or module stay together."""
+    for item in items:
+        pair = getattr(item, "callspec", None) and item.callspec.params.get("method_and_backbone")
+        shared_by_all = item.get_closest_marker("one_process")
+        group = pair_id(*pair) if pair and not shared_by_all else item.module.__name__
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="session", params=CLASSES, ids=lambda pair: pair_id(*pair))
 def method_and_backbone(request):
     return request.param
 
 
+@dataclass(frozen=True)
+class TinyCheckpoint:
+    """A method's checkpoint with random weights, float32.
+
+    Args:
+        base: what it was converted from.
+        text_encoder: of a method that reads the question; else `None`.
+        folder: the checkpoint.
+    """
+
+    base: Path
+    text_encoder: Path | None
+    folder: Path
+
+
 @pytest.fixture(scope="session")
-def base_folder(method_and_backbone, tmp_path_factory):
+def tiny_checkpoint(tmp_path_factory):
+    """(method, backbone) → its [`TinyCheckpoint`], made when it is first asked for."""
+
+    @functools.cache
+    def make(method: Method, backbone: Backbone) -> TinyCheckpoint:
+        write_base, write_text_encoder = TINY_BASES[backbone.base_model_type]
+        base = write_base(tmp_path_factory.mktemp("base") / backbone.base_model_type, dtype=torch.float32)
+        text_encoder = (
+            write_text_encoder(tmp_path_factory.mktemp("clip") / "clip") if reads_question(backbone) else None
+        )
+        out = tmp_path_factory.mktemp("converted") / f"{method.name}-{backbone.model_type}"
+        folder = convert(base, out, method.name, text_encoder, SETTINGS.get(method.name))
+        return TinyCheckpoint(base, text_encoder, folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(method_and_backbone, tiny_checkpoint) -> TinyCheckpoint:
+    return tiny_checkpoint(*method_and_backbone)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tiny):
     """A tiny random base checkpoint, float32."""
-    _, backbone = method_and_backbone
-    write_base, _ = TINY_BASES[backbone.base_model_type]
-    return write_base(tmp_path_factory.mktemp("base") / backbone.base_model_type, dtype=torch.float32)
+    return tiny.base
 
 
 @pytest.fixture(scope="session")
-def text_encoder_folder(method_and_backbone, tmp_path_factory):
+def text_encoder_folder(tiny):
     """Of a method that reads the question; else `None`."""
-    _, backbone = method_and_backbone
-    if not reads_question(backbone):
-        return None
-    _, write_text_encoder = TINY_BASES[backbone.base_model_type]
-    return write_text_encoder(tmp_path_factory.mktemp("clip") / "clip")
+    return tiny.text_encoder
 
 
 @pytest.fixture(scope="session")
-def checkpoint(method_and_backbone, base_folder, text_encoder_folder, tmp_path_factory):
+def checkpoint(tiny):
     """The base converted by the method."""
-    method, backbone = method_and_backbone
-    out = tmp_path_factory.mktemp("converted") / backbone.model_type
-    return convert(base_folder, out, method.name, text_encoder_folder, SETTINGS.get(method.name))
+    return tiny.folder

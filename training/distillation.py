@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..modeling.compatibility import visual_tokens_of
 from ..modeling.image_inputs import locate_images
 from .recipe import DistillationRecipe
 
@@ -114,7 +115,7 @@ def answer_logits(
         logits_to_keep=columns,
         use_cache=False,
     )
-    return output.logits[is_answer[:, columns]].float(), output.image_hidden_states
+    return output.logits[is_answer[:, columns]].float(), visual_tokens_of(output)
 
 
 def prediction_loss(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from ..errors import FoveateError
 from ..evaluation.harness import open_checkpoint
 from ..evaluation.picture import draw_compression, seen_image
 from ..modeling.compressed_model import TokenProvenance
+from ..modeling.precision import dtype_name
 from ..modeling.sequence_compression import ROLE_NAMES, SequenceModelMixin
 from ..modeling.tile_layout import tile_grid_of
 from .data import Collator, Example, open_data
@@ -133,6 +134,7 @@ def main(
         raise FoveateError(f"There is no dialogue {sample}: {data} has {len(examples)}.")
     example = examples[sample]
     opened = open_checkpoint(checkpoint, {"keep_ratio": keep_ratio} if keep_ratio is not None else None)
+    print(f"{dtype_name(opened.model.dtype)} on {opened.model.device.type}")
     fitted = fit_matrix(opened.model, opened.processor, example, steps, learning_rate, entropy, seed)
     for step in sorted({0, steps // 4, steps // 2, steps - 1}):
         print(f"step {step}: KL {fitted.prediction[step]:.4f}, entropy {fitted.entropy[step]:.4f}")

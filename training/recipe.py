@@ -26,7 +26,7 @@ RECIPE_FILE = "training_recipe.yaml"
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup", "constant")
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "muon": "adamw_torch"}  # Transformers has no Muon: `muon.py`
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp32")
 LAB_EXAMPLES = ("descriptions", "questions")
 AUXILIARY_LOSSES = ("vid", "mse", "none")
 
@@ -136,7 +136,8 @@ class StageRecipe:
         max_grad_norm: longer gradients are shortened to this; `null`: none are.
         max_grad_value: every entry of a gradient is cut to this, from both sides; `null`: none is.
         max_length: longest sequence in tokens, visual ones among them; longer answers are cut.
-        precision: "bf16" computes in bfloat16 and keeps what trains in float32; "fp32" does all in float32.
+        precision: "bf16" computes in bfloat16 and keeps what trains in float32; "fp32" does all in float32; "auto" is
+            "bf16" where the device computes fast in bfloat16, else "fp32". What is saved says which it was.
         gradient_checkpointing: `None` means where there is a GPU.
         workers: processes that prepare batches; `None` means 1 without a GPU, 4 with one.
         save_steps: steps between two states from which training can go on.
@@ -169,7 +170,7 @@ class StageRecipe:
     max_grad_norm: float | None = 1.0
     max_grad_value: float | None = None
     max_length: int = 2048
-    precision: str = "bf16"
+    precision: str = "auto"
     gradient_checkpointing: bool | None = None
     workers: int | None = None
     save_steps: int = 500

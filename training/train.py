@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ from ..errors import FoveateError, first_sentence
 from ..hub_cards.card import read_base_name, write_card
 from ..hub_cards.manifest import MANIFEST_FILE, write_manifest
 from ..modeling.adapter_layout import BASE_FIELDS
+from ..modeling.compatibility import CHECKPOINTING
+from ..modeling.precision import dtype_name, fast_dtype
 from ..registry import METHODS
 from .data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
 from .distillation import Distillation
@@ -67,6 +69,7 @@ class _Job:
     Attributes:
         checkpoint, folder: what it starts from, as the user calls it and where its files are.
         out, state: absolute paths: the checkpoint to be, and the folder of what training needs to go on.
+        recipe: with the precision that "auto" is here.
     """
 
     method: str
@@ -77,6 +80,11 @@ class _Job:
     stage: int
     recipe: StageRecipe
     merge: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in; what trains is float32 in any case."""
+        return torch.bfloat16 if self.recipe.precision == "bf16" else torch.float32
 
     def record(self, num_processes: int) -> dict[str, Any]:
         """What has to be the same when training goes on after a break."""
@@ -125,7 +133,7 @@ def train(
     Raises:
         FoveateError: bad input, in one sentence; all that can be known beforehand, before anything is written.
     """
-    job = _make_job(method, checkpoint, out, stage, recipe, settings or {}, merge)
+    job = _make_job(method, checkpoint, out, stage, recipe, settings or {}, merge, resume)
     arguments = _training_arguments(job, progress)
     resume_from = _find_state(job, arguments, resume)
     data = open_data(job.recipe)
@@ -174,6 +182,7 @@ def _make_job(
     recipe: str | Path | None,
     settings: Mapping[str, Any],
     merge: bool,
+    resume: bool,
 ) -> _Job:
     if method not in METHODS:
         raise FoveateError(f"There is no method '{method}': choose one of {', '.join(METHODS)}.")
@@ -192,12 +201,30 @@ def _make_job(
     read_shards(folder)  # a truncated file is told apart here, before a loader trips over it
     out = Path(os.path.abspath(Path(out).expanduser()))
     state = out.with_name(f"{out.name}.training")
+    if read.precision == "auto":
+        read = replace(read, precision=(_begun_precision(state) if resume else None) or _fast_precision())
     return _Job(method, str(checkpoint), folder, out, state, stage, read, merge)
 
 
+def _fast_precision() -> str:
+    """What "auto" is on the device that trains. float16, which older GPUs are faster in, would need scaled losses."""
+    return "bf16" if fast_dtype("cpu" if _on_cpu() else "cuda") == torch.bfloat16 else "fp32"
+
+
+def _begun_precision(state: Path) -> str | None:
+    """The precision of a training that was broken off, which it keeps; `None` where nothing is known of one."""
+    try:
+        return json.loads((state / _RUN_FILE).read_bytes()).get("precision")
+    except (OSError, ValueError):  # `_find_state` says what is wrong with it
+        return None
+
+
+def _on_cpu() -> bool:
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+
+
 def _training_arguments(job: _Job, progress: bool) -> TrainingArguments:
-    recipe = job.recipe
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    recipe, on_cpu = job.recipe, _on_cpu()
     checkpointing = not on_cpu if recipe.gradient_checkpointing is None else recipe.gradient_checkpointing
     # Older versions of Transformers don't clear what an earlier training or a launcher's configuration left here.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe.precision == "bf16" else "no"
@@ -213,11 +240,7 @@ def _training_arguments(job: _Job, progress: bool) -> TrainingArguments:
         max_grad_norm=recipe.max_grad_norm or 0.0,
         weight_decay=recipe.weight_decay,
         learning_rate=max([*recipe.learning_rate.values(), *([recipe.lora.learning_rate] if recipe.lora else [])]),
-        **(
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-            if checkpointing
-            else {}
-        ),
+        **({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}} if checkpointing else {}),
         seed=recipe.seed,
         dataloader_num_workers=(1 if on_cpu else 4) if recipe.workers is None else recipe.workers,
         dataloader_pin_memory=not on_cpu,
@@ -288,8 +311,8 @@ def _require_same(record: Mapping[str, Any], folder: Path) -> None:
 def _open_checkpoint(job: _Job, arguments: TrainingArguments) -> tuple[nn.Module, Any]:
     """The model, ready to be trained, and its processor."""
     on_cpu = arguments.device.type == "cpu"
-    dtype = torch.bfloat16 if job.recipe.precision == "bf16" else torch.float32
-    model = _load_model(job, dtype, attn_implementation="eager" if on_cpu else None)  # SDPA's backward is slow there
+    attention = "eager" if on_cpu else None  # SDPA's backward is slow there
+    model = _load_model(job, job.dtype, attn_implementation=attention)
     try:
         processor = AutoProcessor.from_pretrained(job.folder)
     except Exception as error:
@@ -388,7 +411,8 @@ def _announce(job: _Job, trainer: StageTrainer, data: LabExamples | LlavaExample
     console.print(f"{METHODS[job.method].title}, stage {job.stage} of {job.checkpoint} → {job.out}", markup=False)
     console.print(show(job.recipe.to_dict()).rstrip(), style="dim", markup=False)
     counts = [sum(p.numel() for p in trainer.model.parameters() if p.requires_grad is flag) for flag in (True, False)]
-    console.print(f"{data.summary}; {num_steps} steps; {counts[0]:,} parameters train, {counts[1]:,} are frozen")
+    steps = f"{num_steps} steps in {dtype_name(job.dtype)} on {trainer.args.device.type}"
+    console.print(f"{data.summary}; {steps}; {counts[0]:,} parameters train, {counts[1]:,} are frozen")
 
 
 # Training
@@ -547,6 +571,7 @@ def _facts(trainer: StageTrainer, data: LabExamples | LlavaExamples, seconds: fl
         "steps": trainer.state.global_step,
         "num_processes": trainer.args.world_size,
         "device": trainer.args.device.type,
+        "precision": trainer.recipe.precision,
         "seconds": round(seconds, 1),  # since the last start
         # For the Trainer all of it is one epoch.
         "log": [{key: entry[key] for key in entry if key != "epoch"} for entry in trainer.state.log_history],

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from foveate.modeling.compatibility import TRANSFORMERS_5
+from foveate.modeling.compatibility import TRANSFORMERS_5, cache_of, visual_tokens_of
 
 from ..conftest import UNLIKE_THE_STOCK_MODEL, reads_question
+from ..helpers.checkpointing import checkpoint_activations
 from .conftest import ROWS, Row, images_in, picture, prompt_for
 
 
@@ -136,9 +137,9 @@ def test_the_budget_can_be_changed_on_model_and_processor_by_one_call(model, pro
         made_of_patches = int((image.weights.sum(1) > 0).sum())
         assert made_of_patches == budget if num_tiles == 1 else made_of_patches <= budget * num_tiles
     num_tokens = sum(len(image.weights) for image in output.compression)
-    assert output.image_hidden_states.shape[0] == num_tokens
+    assert visual_tokens_of(output).shape[0] == num_tokens
     num_text = int(at_text(inputs, model).sum())
-    assert output.past_key_values.layers[0].keys.shape[2] == num_text + num_tokens
+    assert cache_of(output).layers[0].keys.shape[2] == num_text + num_tokens
 
 
 def test_keep_ratio_is_a_share_of_the_tokens(model, processor, inputs_of):
@@ -198,7 +199,7 @@ def test_provenance_says_what_the_tokens_are_made_of(checkpoint, inputs_of):
         output = model(**inputs, output_compression=True)
         assert model(**inputs).compression is None, "it costs nothing when not asked for"
         patches = model.model.vision_tower(tiles_of(inputs["pixel_values"])).last_hidden_state[:, 1:]
-        tokens = output.image_hidden_states.split([len(image.weights) for image in output.compression])
+        tokens = visual_tokens_of(output).split([len(image.weights) for image in output.compression])
         patches = patches.flatten(0, 1).split([image.weights.shape[1] for image in output.compression])
         project, newline = model.model.multi_modal_projector, getattr(model.model, "image_newline", None)
         for image, found, features in zip(output.compression, tokens, patches):
@@ -225,7 +226,7 @@ def check_provenance_of_visual_tokens(model, inputs):
         output = model(**inputs, output_compression=True)
         features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
     features = features[0] if isinstance(features, tuple) else features.pooler_output
-    tokens = output.image_hidden_states.split([len(image.weights) for image in output.compression])
+    tokens = visual_tokens_of(output).split([len(image.weights) for image in output.compression])
     for image, found, merged in zip(output.compression, tokens, features, strict=True):
         torch.testing.assert_close(found, image.weights @ merged, atol=1e-5, rtol=1e-5)
         assert image.roles.max() < len(image.role_names)
@@ -272,7 +273,7 @@ def test_trainable_parameters_get_a_gradient_and_frozen_ones_none(checkpoint, in
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).train()
     frozen = ("vision_tower", "visual.", "question_encoder")
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
         if "compressor" in name and not parameter.any():  # zero, so that untrained it changes nothing: no way through

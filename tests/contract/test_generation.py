@@ -5,6 +5,8 @@ import torch
 from transformers import AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from foveate.modeling.compatibility import cache_argument, cache_of
+
 from ..conversion.tiny_checkpoints import IMAGE_TOKEN_ID
 from .conftest import ROWS, Row, images_in, picture, prompt_for
 
@@ -99,7 +101,7 @@ def test_a_later_turn_on_the_same_cache_gives_what_a_fresh_run_gives(model, proc
     rows = [ROWS[0], ROWS[2]]
     inputs = inputs_of(*rows)
     first = model.generate(**inputs, **LENGTH, do_sample=False, return_dict_in_generate=True)
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    assert cache_of(first).get_seq_length() == first.sequences.shape[1] - 1
 
     prompt = prompt_for(processor, " USER:" + second.prompt)
     turn = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -127,7 +129,7 @@ def test_a_later_turn_on_the_same_cache_gives_what_a_fresh_run_gives(model, proc
         input_ids=ids,
         attention_mask=mask,
         **visual,
-        past_key_values=first.past_key_values,
+        **cache_argument(cache_of(first)),
         **LENGTH,
         do_sample=False,
     )
@@ -147,7 +149,7 @@ def test_a_later_turn_may_leave_out_what_an_earlier_one_said(model, processor, i
     visual = images_in(model, inputs)
     fresh = model.generate(input_ids=ids, attention_mask=mask, **visual, **LENGTH, do_sample=False)
     kept = model.generate(
-        input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **LENGTH, do_sample=False
+        input_ids=ids, attention_mask=mask, **cache_argument(cache_of(first)), **LENGTH, do_sample=False
     )
     assert torch.equal(kept, fresh)
 

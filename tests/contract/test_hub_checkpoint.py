@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from foveate import convert
 
-from ..conftest import SETTINGS
+from ..conftest import CLASSES, SETTINGS, pair_id
+from ..helpers import deprecations
 from .conftest import ROWS, prompt_for
 
 
-pytestmark = pytest.mark.contract_core
+pytestmark = [pytest.mark.contract_core, pytest.mark.one_process]
 
+#: A process without foveate, which takes the checkpoints that it is given one after the other.
 STRANGER = textwrap.dedent(
     """
     import sys
@@ -29,50 +33,70 @@ STRANGER = textwrap.dedent(
     sys.meta_path.insert(0, Hidden())
     sys.path[:] = [entry for entry in sys.path if entry]
     import json
+    import traceback
+    import warnings
     import torch
     import transformers
     from PIL import Image
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
-    folder, picture, prompt = sys.argv[1:]
+    refuse_deprecated_names()
+    warnings.simplefilter("error", FutureWarning)
+    warnings.filterwarnings("ignore", "The class `AutoModelForVision2Seq` is deprecated")
+    torch.set_num_threads(1)
     trusted = {"trust_remote_code": True}
-    config = AutoConfig.from_pretrained(folder, **trusted)
-    processor = AutoProcessor.from_pretrained(folder, **trusted)
-    AutoModel.from_pretrained(folder, **trusted)
+    limits = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     autos = [AutoModelForImageTextToText]
     if transformers.__version__.startswith("4."):
         autos.append(transformers.AutoModelForVision2Seq)
-    image, found = Image.open(picture), {"class": type(processor).__name__}
-    for auto in autos:
-        model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **trusted)
-        assert not info["missing_keys"] and not info["unexpected_keys"], info
-        inputs = processor(images=image, text=prompt, return_tensors="pt")
-        ids = model.eval().generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
-        found["ids"] = ids[0].tolist()
-    model.save_pretrained(folder + "-again")
-    processor.save_pretrained(folder + "-again")
-    ask = pipeline("image-text-to-text", model=folder, dtype=torch.float32, **trusted)
-    limits = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    plain = ask(text=prompt, images=image, generate_kwargs=limits, return_tensors=True)
-    found["plain"] = torch.as_tensor(plain[0]["generated_token_ids"]).tolist()
-    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it"}]}]
-    found["chat"] = ask(text=chat, generate_kwargs=limits, return_full_text=False)[0]["generated_text"]
+
+    def answer(folder, picture, prompt):
+        config = AutoConfig.from_pretrained(folder, **trusted)
+        processor = AutoProcessor.from_pretrained(folder, **trusted)
+        AutoModel.from_pretrained(folder, **trusted)
+        image, found = Image.open(picture), {"class": type(processor).__name__}
+        for auto in autos:
+            model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **trusted)
+            assert not info["missing_keys"] and not info["unexpected_keys"], info
+            inputs = processor(images=image, text=prompt, return_tensors="pt")
+            ids = model.eval().generate(**inputs, **limits)
+            found["ids"] = ids[0].tolist()
+        model.save_pretrained(folder + "-again")
+        processor.save_pretrained(folder + "-again")
+        ask = pipeline("image-text-to-text", model=folder, dtype=torch.float32, **trusted)
+        plain = ask(text=prompt, images=image, generate_kwargs=limits, return_tensors=True)
+        found["plain"] = torch.as_tensor(plain[0]["generated_token_ids"]).tolist()
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": "what is it"}]
+        chat = ask(text=[{"role": "user", "content": content}], generate_kwargs=limits, return_full_text=False)
+        found["chat"] = chat[0]["generated_text"]
+        return found
+
+    found = {}
+    for folder, picture, prompt in json.load(open(sys.argv[1])):
+        try:
+            found[folder] = answer(folder, picture, prompt)
+        except Exception:
+            found[folder] = {"error": traceback.format_exc()}
     assert "foveate" not in sys.modules
-    print("FOUND" + json.dumps(found))
+    json.dump(found, open(sys.argv[2], "w"))
     """
 )
 
 
-def run_stranger(folder, tmp_path, row=ROWS[0]):
+def run_stranger(folders, tmp_path, row=ROWS[0]) -> dict[str, dict]:
+    """What a process without foveate finds of checkpoints, by folder: the ids that it generates in several ways, and
+    a copy, `FOLDER-again`, that it saves; or the traceback of its `error`."""
+    tmp_path.mkdir(exist_ok=True)
     row.images[0].save(tmp_path / "picture.png")
-    script = tmp_path / "stranger.py"
-    script.write_text(STRANGER)
-    prompt = prompt_for(AutoProcessor.from_pretrained(folder), row.prompt)
-    command = [sys.executable, "-P", str(script), str(folder), str(tmp_path / "picture.png"), prompt]
+    script, tasks, found = (tmp_path / name for name in ("stranger.py", "tasks.json", "found.json"))
+    script.write_text(Path(deprecations.__file__).read_text() + STRANGER)
+    prompts = [prompt_for(AutoProcessor.from_pretrained(folder), row.prompt) for folder in folders]
+    tasks.write_text(json.dumps([[str(f), str(tmp_path / "picture.png"), p] for f, p in zip(folders, prompts)]))
+    command = [sys.executable, "-P", str(script), str(tasks), str(found)]
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.rpartition("FOUND")[2])
+    return json.loads(found.read_text())
 
 
 def expected_ids(folder, row=ROWS[0]):
@@ -83,23 +107,71 @@ def expected_ids(folder, row=ROWS[0]):
     return ids[0].tolist()
 
 
-def test_a_converted_checkpoint_answers_where_foveate_is_not_installed(checkpoint, tmp_path):
+@dataclass
+class Checkpoints:
+    """Checkpoints of one model class: converted, saved by the package, and converted in the adapter layout."""
+
+    converted: Path
+    saved: Path
+    small: Path
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tiny_checkpoint, tmp_path_factory) -> dict[str, Checkpoints]:
+    """Of every model class, by its name."""
+    made, root = {}, tmp_path_factory.mktemp("hub")
+    for method, backbone in CLASSES:
+        tiny, name = tiny_checkpoint(method, backbone), pair_id(method, backbone)
+        saved = root / f"{name}-saved"
+        AutoModelForImageTextToText.from_pretrained(tiny.folder, dtype=torch.float32).save_pretrained(saved)
+        AutoProcessor.from_pretrained(tiny.folder).save_pretrained(saved)
+        settings = SETTINGS.get(method.name)
+        small = convert(tiny.base, root / f"{name}-small", method.name, tiny.text_encoder, settings, layout="adapter")
+        made[name] = Checkpoints(tiny.folder, saved, small)
+    return made
+
+
+@pytest.fixture(scope="session")
+def strangers_answers(checkpoints, tmp_path_factory) -> dict[str, dict]:
+    """What processes without foveate find of them all, and, in a second one, of what the first saved."""
+    root = tmp_path_factory.mktemp("strangers")
+    folders = [folder for made in checkpoints.values() for folder in (made.converted, made.saved, made.small)]
+    first = run_stranger(folders, root / "first")
+    again = [Path(f"{folder}-again") for folder in folders if "error" not in first[str(folder)]]
+    return first | run_stranger(again, root / "second")
+
+
+@pytest.fixture
+def own(checkpoints, method_and_backbone) -> Checkpoints:
+    return checkpoints[pair_id(*method_and_backbone)]
+
+
+@pytest.fixture
+def answer_of(strangers_answers):
+    """Folder → what was found of it."""
+
+    def find(folder) -> dict:
+        found = strangers_answers[str(folder)]
+        assert "error" not in found, found["error"]
+        return found
+
+    return find
+
+
+def test_a_converted_checkpoint_answers_where_foveate_is_not_installed(own, answer_of):
     """By the Auto classes and the pipeline, with plain text and with a chat; and what it saves is one again."""
-    expected = expected_ids(checkpoint)
-    found = run_stranger(checkpoint, tmp_path)
+    expected = expected_ids(own.converted)
+    found = answer_of(own.converted)
     assert found["ids"] == expected
     assert found["plain"] == expected
     assert isinstance(found["chat"], str)
-    again = checkpoint.parent / f"{checkpoint.name}-again"
+    again = f"{own.converted}-again"
     assert expected_ids(again) == expected
-    assert run_stranger(again, tmp_path)["ids"] == expected
+    assert answer_of(again)["ids"] == expected
 
 
-def test_what_the_package_saves_answers_where_foveate_is_not_installed(checkpoint, tmp_path):
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "saved")
-    AutoProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "saved")
-    assert run_stranger(tmp_path / "saved", tmp_path)["ids"] == expected_ids(checkpoint)
+def test_what_the_package_saves_answers_where_foveate_is_not_installed(own, answer_of):
+    assert answer_of(own.saved)["ids"] == expected_ids(own.converted)
 
 
 def test_with_foveate_imported_no_remote_code_is_needed(method_and_backbone, checkpoint):
@@ -134,13 +206,9 @@ def test_weights_are_saved_under_the_published_names(checkpoint, base_folder, tm
     assert keys == json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"].keys()
 
 
-def test_the_adapter_layout_gives_the_same_model(
-    method_and_backbone, base_folder, text_encoder_folder, checkpoint, tmp_path
-):
+def test_the_adapter_layout_gives_the_same_model(own, base_folder, checkpoint, answer_of):
     """Of a folder without the base's weights, where foveate is installed and where it isn't; what it saves is whole."""
-    method, _ = method_and_backbone
-    settings = SETTINGS.get(method.name)
-    small = convert(base_folder, tmp_path / "small", method.name, text_encoder_folder, settings, layout="adapter")
+    small = own.small
     whole = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     base = sum(path.stat().st_size for path in base_folder.glob("*.safetensors"))
     assert sum(path.stat().st_size for path in small.glob("*.safetensors")) <= whole - base
@@ -151,7 +219,7 @@ def test_the_adapter_layout_gives_the_same_model(
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert model.generation_config.to_dict() == type(model).from_pretrained(checkpoint).generation_config.to_dict()
-    assert run_stranger(small, tmp_path)["ids"] == expected_ids(checkpoint)
+    assert answer_of(small)["ids"] == expected_ids(checkpoint)
     again = small.parent / f"{small.name}-again"
     assert "base_model_name_or_path" not in json.loads((again / "config.json").read_text())
     assert expected_ids(again) == expected_ids(checkpoint)

@@ -152,6 +152,8 @@ def test_nothing_is_allowed_that_is_not_there():
         ("import os\nos.execv('x', [])", "os.execv"),
         ("import os\nos.environ['HF_TOKEN']", "os.environ"),
         ("from os import remove as tidy", "remove"),
+        ("from inspect import currentframe", "currentframe"),
+        ("import inspect\ninspect.getmodule(f)", "inspect.getmodule"),
         ("import os\nlibrary = os", "os passed around"),
         ("import os\ngetattr(os, 'sys' + 'tem')", "os passed around"),
         ("open('x', 'w').close()", "open"),

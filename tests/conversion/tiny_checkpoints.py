@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -22,13 +23,17 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2TokenizerFast,
-    Qwen2VLImageProcessorFast,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
 
+from foveate.modeling.compatibility import TRANSFORMERS_5
+
+
+#: ≥ 5.0 dropped the suffix; in 4.57 the class without it is another, which works on numpy.
+QwenImageProcessor = getattr(transformers, f"Qwen2VLImageProcessor{'' if TRANSFORMERS_5 else 'Fast'}")
 
 IMAGE_SIDE, PATCH_SIDE = 42, 14
 IMAGE_TOKEN_ID = 4
@@ -136,7 +141,7 @@ def write_qwen3_vl(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int 
     parts = {"size": pixels, "patch_size": PATCH_SIDE, "merge_size": 2, "temporal_patch_size": 2}
     template = CHAT_TEMPLATE.replace("<image>", QWEN_IMAGE)
     Qwen3VLProcessor(
-        Qwen2VLImageProcessorFast(**parts), tokenizer, Qwen3VLVideoProcessor(**parts), chat_template=template
+        QwenImageProcessor(**parts), tokenizer, Qwen3VLVideoProcessor(**parts), chat_template=template
     ).save_pretrained(folder)
     _write_qwen_tokenizer(folder)  # as it was: what a version writes others can't all read
     return folder

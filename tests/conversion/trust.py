@@ -13,7 +13,7 @@ import ast
 #: come with Transformers or with reading images at all.
 PACKAGES = {"torch", "transformers", "safetensors", "numpy", "PIL"}
 HARMLESS = {
-    "__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "enum", "functools", "hashlib",
+    "__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "enum", "functools", "hashlib", "inspect",
     "itertools", "json", "math", "operator", "os", "pathlib", "re", "typing", "warnings",
 }  # fmt: skip
 
@@ -23,8 +23,8 @@ FORBIDDEN_MODULES = (
     "torch.utils.cpp_extension", "transformers.dynamic_module_utils", "transformers.utils.hub",
 )  # fmt: skip
 
-#: Of `os`, what may be used: the rest runs programs and writes.
-HARMLESS_OF_OS = {"PathLike", "fspath", "path"}
+#: Of these modules, what may be used: the rest of `os` runs programs and writes, that of `inspect` reaches everything.
+HARMLESS_PARTS = {"os": {"PathLike", "fspath", "path"}, "inspect": {"signature"}}
 
 #: Builtins that run code, open files or lead to whatever else there is.
 BUILTINS = {
@@ -82,7 +82,8 @@ class _Walker(ast.NodeVisitor):
         self.check_module(node, node.module or "")
         for alias in node.names:
             self.check_module(node, f"{node.module}.{alias.name}", is_name=True)
-            if alias.name in NAMES or (node.module == "os" and alias.name not in HARMLESS_OF_OS):
+            parts = HARMLESS_PARTS.get(node.module or "")
+            if alias.name in NAMES or (parts is not None and alias.name not in parts):
                 self.report(node, alias.name)
                 self.imported[alias.asname or alias.name] = alias.name
 
@@ -93,10 +94,10 @@ class _Walker(ast.NodeVisitor):
             self.report(node, f"import {module}")
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        of_os = isinstance(node.value, ast.Name) and node.value.id == "os"
+        parts = HARMLESS_PARTS.get(node.value.id) if isinstance(node.value, ast.Name) else None
         if node.attr in NAMES and not _is_of_super(node.value) and ast.unparse(node) != "json.load":
             self.report(node, node.attr)
-        elif (of_os and node.attr not in HARMLESS_OF_OS) or f"{ast.unparse(node)}" in FORBIDDEN_MODULES:
+        elif (parts is not None and node.attr not in parts) or f"{ast.unparse(node)}" in FORBIDDEN_MODULES:
             self.report(node, ast.unparse(node))
         if not isinstance(node.value, ast.Name) or node.value.id not in self.modules:
             self.visit(node.value)

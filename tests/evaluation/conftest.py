@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from foveate.conversion.convert import convert
+from foveate.evaluation import demo, harness
 
 from ..conversion.tiny_checkpoints import write_clip, write_llava
 
@@ -17,3 +19,24 @@ def checkpoints(tmp_path_factory) -> Path:
     write_clip(folder / "clip")
     convert(folder / "base", folder / "compressed", text_encoder=folder / "clip")
     return folder
+
+
+class Devices:
+    """What every device computes fast in, from the next call of `compute_fast_in` on."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+        self.asked: list = []
+
+    def compute_fast_in(self, name: str) -> None:
+        def fast_dtype(device, stored=None):
+            self.asked.append((torch.device(device), stored))
+            return getattr(torch, name)
+
+        for module in (harness, demo):
+            self.monkeypatch.setattr(module, "fast_dtype", fast_dtype)
+
+
+@pytest.fixture
+def devices(monkeypatch) -> Devices:
+    return Devices(monkeypatch)

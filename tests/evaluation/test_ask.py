@@ -45,6 +45,16 @@ class TestAnAnswer:
         assert isinstance(found.base_answer, str)
         assert found.base_visual_tokens == 9
 
+    @pytest.mark.parametrize("fast", ["bfloat16", "float32"])
+    def test_and_the_base_are_computed_in_what_the_device_is_fast_in(self, fast, checkpoints, picture, devices):
+        devices.compute_fast_in(fast)
+        found = ask(checkpoints / "compressed", picture, QUESTION, compare=checkpoints / "base", max_new_tokens=1)
+        assert (found.dtype, found.device) == (fast, "cpu")
+        assert len(devices.asked) == 1, "the base is in the dtype of the model that it is compared with"
+        text_config = open_checkpoint(checkpoints / "base").model.config.text_config
+        assert found.base_kv_bytes == kv_bytes_by_account(text_config, 18, getattr(torch, fast))
+        assert found.to_dict()["dtype"] == fast
+
     def test_needs_no_base(self, checkpoints, picture):
         found = ask(checkpoints / "compressed", picture, QUESTION, max_new_tokens=2)
         assert found.base_answer is found.base_kv_bytes is found.base_time_to_first_token is found.picture is None

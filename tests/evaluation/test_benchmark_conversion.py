@@ -16,6 +16,9 @@ from foveate.lab import lab_folder
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
 
 
+pytestmark = pytest.mark.slow  # a dozen processes that import torch
+
+
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     config = LlavaConfig.from_pretrained(lab_folder("tiny-llava"))

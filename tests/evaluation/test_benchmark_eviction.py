@@ -10,6 +10,7 @@ from transformers import Qwen3VLConfig
 from foveate.configuration.configuration_qwen3_vl_etc import Qwen3VLETCConfig
 from foveate.evaluation import benchmark_eviction
 from foveate.evaluation.benchmark_eviction import NAMES, _Bench, benchmark, kv_bytes, peak_growth
+from foveate.modeling.compatibility import cache_of
 
 
 FIELDS = {
@@ -75,7 +76,7 @@ def test_the_parts_answer_as_models_of_the_same_weights():
     etc, before = (bench.first_token(name).logits for name in NAMES[1:])
     torch.testing.assert_close(etc, before, atol=1e-5, rtol=1e-5)
     assert bench.stock.model.language_model is bench.etc.model.language_model
-    cache = bench.first_token("etc").past_key_values
+    cache = cache_of(bench.first_token("etc"))
     later = bench.later_token("etc", cache)
     later()
     later()

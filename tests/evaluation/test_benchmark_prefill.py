@@ -11,6 +11,7 @@ from foveate.configuration.configuration_llava_metacompress import LlavaMetaComp
 from foveate.errors import FoveateError
 from foveate.evaluation import benchmark_prefill, benchmarking
 from foveate.evaluation.benchmark_prefill import _Bench, benchmark
+from foveate.modeling.compatibility import cache_of, visual_tokens_of
 
 
 PARTS = ["metacompress", "sample", "uncompressed", "language model", "compressor"]
@@ -71,7 +72,7 @@ def test_all_models_are_made_of_the_same_weights_and_differ_in_their_tokens():
         assert all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
         output = bench.first_token(model)()
         assert output.logits.shape[1] == 1 and output.logits.isfinite().all()
-        seen[name] = (output.past_key_values.layers[0].keys.shape[2], len(output.image_hidden_states))
+        seen[name] = (cache_of(output).layers[0].keys.shape[2], len(visual_tokens_of(output)))
     assert seen == {"metacompress": (10, 4), "sample": (10, 4), "uncompressed": (22, 16)}
 
 

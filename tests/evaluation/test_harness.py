@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from foveate.cli import parse_settings
+from foveate.conversion.checkpoints import declared_dtype, read_shards
 from foveate.errors import FoveateError
 from foveate.evaluation import harness
 from foveate.evaluation.benchmark_compression import Shapes, benchmark
@@ -145,9 +146,62 @@ class TestAResult:
             >= {"--limit": "1", "--seed": "7", "--label": "4 tokens", "--dtype": "float32"}.items()
         )
 
+    @pytest.mark.parametrize("fast", ["bfloat16", "float32"])
+    @pytest.mark.parametrize("name", ["base", "compressed"])
+    def test_names_the_dtype_that_auto_is_on_the_device(self, name, fast, checkpoints, devices):
+        """The checkpoints are stored in bfloat16."""
+        devices.compute_fast_in(fast)
+        result = evaluate(checkpoints / name, limit=2, progress=False)
+        words = shlex.split(result["command"])
+        assert (result["dtype"], words[words.index("--dtype") + 1]) == (fast, fast)
+        assert devices.asked == [(torch.device("cpu"), torch.bfloat16)]
+
     @pytest.mark.parametrize("value", [1, 0.5, True, None, "paper", "1", "null", "a b=c"])
     def test_settings_survive_the_command_line(self, value):
         assert parse_settings([f"key={harness._as_option(value)}"]) == {"key": value}
+
+
+class TestTheDtype:
+    @pytest.mark.parametrize("fast", ["bfloat16", "float32"])
+    def test_of_the_weights_is_what_the_device_computes_fast_in(self, fast, checkpoints, devices):
+        devices.compute_fast_in(fast)
+        model = open_checkpoint(checkpoints / "compressed").model
+        assert {p.dtype for p in model.parameters()} == {getattr(torch, fast)}
+
+    def test_that_is_said_is_taken_however_slow(self, checkpoints, devices):
+        devices.compute_fast_in("float32")
+        for dtype in ("bfloat16", torch.bfloat16):
+            assert open_checkpoint(checkpoints / "compressed", dtype=dtype).model.dtype == torch.bfloat16
+        assert devices.asked == []
+
+    @pytest.mark.parametrize(
+        ("config", "expected"),
+        [
+            ({"dtype": "float16", "torch_dtype": None}, torch.float16),
+            ({"dtype": None, "torch_dtype": "float16"}, torch.float16),
+            ({"dtype": None, "torch_dtype": None}, torch.bfloat16),  # as the weights are stored
+            ({"dtype": "auto", "torch_dtype": None}, torch.bfloat16),
+        ],
+    )
+    def test_of_a_checkpoint_is_its_configs_or_its_weights(self, config, expected, checkpoints, tmp_path, devices):
+        copy = shutil.copytree(checkpoints / "base", tmp_path / "copy")
+        content = json.loads((copy / "config.json").read_text()) | config
+        content = {key: value for key, value in content.items() if value is not None}
+        (copy / "config.json").write_text(json.dumps(content))
+        assert declared_dtype(copy, read_shards(copy)) == expected
+
+    @pytest.mark.parametrize("fast", ["bfloat16", "float32"])
+    def test_is_also_what_4_bits_are_computed_in(self, fast, checkpoints, devices, monkeypatch):
+        pytest.importorskip("bitsandbytes")
+        devices.compute_fast_in(fast)
+        asked = []
+        monkeypatch.setattr(
+            harness.AutoModelForImageTextToText, "from_pretrained", lambda *args, **options: asked.append(options)
+        )
+        with pytest.raises(AttributeError):  # nothing was loaded
+            open_checkpoint(checkpoints / "compressed", quantize="4bit")
+        dtype = getattr(torch, fast)
+        assert (asked[0]["dtype"], asked[0]["quantization_config"].bnb_4bit_compute_dtype) == (dtype, dtype)
 
 
 def test_visual_tokens_are_those_that_the_language_model_saw(checkpoints):

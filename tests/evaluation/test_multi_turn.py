@@ -23,6 +23,7 @@ from foveate.evaluation.published_dialogues import (
 )
 from foveate.evaluation.results import read_results, table, write_results
 from foveate.lab.scenes import draw_scene, sample_scene
+from foveate.modeling.compatibility import CACHE, cache_argument, cache_of
 
 
 PEOPLE = ("Two.",) * 4 + ("3",) * 6
@@ -375,7 +376,7 @@ class TestTheCache:
         """It would be encoded nowhere."""
         turns = CachedTurns(1, image_token_id=9, pad_token_id=0)
         mask = torch.ones(1, 4, dtype=torch.long)
-        output = type("Output", (), {"sequences": torch.tensor([[1, 9, 5, 6, 7]]), "past_key_values": object()})
+        output = type("Output", (), {"sequences": torch.tensor([[1, 9, 5, 6, 7]]), **cache_argument(object())})
         turns.remember({"attention_mask": mask}, output)
         with pytest.raises(FoveateError, match="leave --reuse-cache out"):
             turns.go_on({"input_ids": torch.tensor([[1, 2, 9, 5, 6, 7]]), "attention_mask": torch.ones(1, 6)})
@@ -386,7 +387,7 @@ def test_columns_are_kept_up_to_where_a_fresh_tokenisation_differs():
     turns = CachedTurns(2, image_token_id=9, pad_token_id=0)
     prompts = {"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
     sequences = torch.tensor([[0, 1, 9, 7, 2, 0], [1, 9, 5, 8, 8, 2]])
-    turns.remember(prompts, type("Output", (), {"sequences": sequences, "past_key_values": "a cache"}))
+    turns.remember(prompts, type("Output", (), {"sequences": sequences, **cache_argument("a cache")}))
     fresh = {
         "input_ids": torch.tensor([[0, 0, 0, 1, 9, 7, 3, 4], [1, 9, 5, 8, 8, 2, 4, 4]]),
         "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8]),
@@ -394,7 +395,7 @@ def test_columns_are_kept_up_to_where_a_fresh_tokenisation_differs():
     inputs = turns.go_on(fresh)
     assert inputs["input_ids"].tolist() == [[0, 1, 9, 7, 2, 0, 3, 4], [1, 9, 5, 8, 8, 2, 4, 4]]
     assert inputs["attention_mask"].tolist() == [[0, 1, 1, 1, 0, 0, 1, 1], [1] * 8]
-    assert inputs["past_key_values"] == "a cache"
+    assert inputs[CACHE] == "a cache"
 
 
 def test_hidden_columns_of_a_logical_cache_are_as_if_they_had_not_been(checkpoints):
@@ -414,12 +415,12 @@ def test_hidden_columns_of_a_logical_cache_are_as_if_they_had_not_been(checkpoin
         visual = {key: inputs[key] for key in inputs if key not in ("input_ids", "attention_mask")}
         ids = torch.cat([inputs["input_ids"], extra], dim=1)
         with torch.inference_mode():
-            cache = checkpoint.model(input_ids=ids, attention_mask=mask, **visual).past_key_values
+            cache = cache_of(checkpoint.model(input_ids=ids, attention_mask=mask, **visual))
             if hide:
                 mask = torch.cat([inputs["attention_mask"], hidden], dim=1)
                 cache.hide(mask)
             mask = torch.cat([mask, torch.ones_like(later)], dim=1)
-            return checkpoint.model(input_ids=later, attention_mask=mask, past_key_values=cache).logits
+            return checkpoint.model(input_ids=later, attention_mask=mask, **cache_argument(cache)).logits
 
     expected = logits(hidden, hide=False)  # never there
     assert torch.allclose(logits(torch.ones_like(extra), hide=True), expected, atol=1e-5)

@@ -22,6 +22,7 @@ from foveate.evaluation import ask as ask_module
 from foveate.evaluation import harness
 from foveate.evaluation.harness import open_checkpoint
 from foveate.lab.scenes import draw_scene, sample_scene
+from foveate.modeling.precision import dtype_name, fast_dtype
 
 from ..conversion.tiny_checkpoints import write_clip, write_llava
 
@@ -120,6 +121,9 @@ class TestCommands:
         found = run("ask", originals / "compressed", "lab:3", QUESTION, *words)
         assert found.exit_code == 0, found.output
         assert all(part in found.stdout for part in ("visual tokens", "time to first token", "KV cache", "shown.png"))
+        assert f"{dtype_name(fast_dtype('cpu', torch.bfloat16))} on cpu" in found.stdout
+        found = run("ask", originals / "compressed", "lab:3", QUESTION, "--max-new-tokens", 1, "--dtype", "float32")
+        assert "float32 on cpu" in found.stdout
         assert Image.open("shown.png").format == "PNG"
 
     def test_ask_prints_json_and_nothing_else(self, originals, place):
@@ -127,6 +131,7 @@ class TestCommands:
         answer = json.loads(found.stdout)
         assert answer["visual_tokens_before"] == 9
         assert answer["question"] == QUESTION
+        assert (answer["dtype"], answer["device"]) == (dtype_name(fast_dtype("cpu", torch.bfloat16)), "cpu")
 
     @pytest.mark.parametrize(("task", "number"), [("lab-vqa", 6), ("lab-dialogue", 2)])
     def test_evaluate(self, task, number, originals, place):
@@ -146,6 +151,8 @@ class TestCommands:
         assert found.exit_code == 0, found.output
         assert task in found.stdout and "9 → 4.0" in found.stdout
         result = json.loads(Path("result.json").read_text())
+        assert result["dtype"] == dtype_name(fast_dtype("cpu", torch.bfloat16))
+        assert f"{result['dtype']} on cpu" in found.stdout
         assert (result["n"], result["seed"], result["mean_visual_tokens"]) == (number, 3, 4)
         for word in words:
             assert str(word) in result["command"]

@@ -10,12 +10,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate import convert
 from foveate.modeling import modeling_etc
-from foveate.modeling.compatibility import iterate_cache_tensors
+from foveate.modeling.compatibility import (
+    CACHE,
+    cache_argument,
+    cache_of,
+    iterate_cache_tensors,
+)
 from foveate.modeling.compressor_etc import bottleneck_mask, locate_columns, plan_passes, positions_on_grids
 from foveate.modeling.position_ids import line_positions
 
 from ..contract.conftest import ROWS, Row, picture, prompt_for
 from ..conversion.tiny_checkpoints import write_llava, write_qwen3_vl
+from ..helpers.checkpointing import checkpoint_activations
 
 
 M = 3
@@ -48,9 +54,9 @@ def test_the_passes_are_the_masked_pass(made, padding_side):
         passes = made.model(**inputs, output_hidden_states=True)
         masked = made.model(**inputs, use_cache=False, output_hidden_states=True)
         trained = copy.deepcopy(made.model).train()(**inputs)
-    assert passes.past_key_values is not None
-    assert masked.past_key_values is None
-    assert trained.past_key_values is None, "training takes the masked pass"
+    assert cache_of(passes) is not None
+    assert cache_of(masked) is None
+    assert cache_of(trained) is None, "training takes the masked pass"
     torch.testing.assert_close(passes.logits[real], masked.logits[real], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(trained.logits[real], masked.logits[real], atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(passes.hidden_states, masked.hidden_states, strict=True):
@@ -66,12 +72,12 @@ def test_a_kernel_without_masks_trains_in_passes(made, monkeypatch):
         monkeypatch.setattr(modeling_etc, "MASK_KERNELS", kernels)
         model = copy.deepcopy(made.model).train()
         output = model(**inputs, labels=labels, use_cache=False)
-        assert output.past_key_values is None
+        assert cache_of(output) is None
         output.loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         model(**inputs)
 
@@ -82,12 +88,12 @@ def test_text_does_not_see_what_an_image_was_read_from(made):
     other = inputs_of(made, Row("USER: <image>", (picture(1),)))
     text = made.processor.tokenizer(" what colour is it ASSISTANT:", add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
-        caches = [made.model(**inputs).past_key_values for inputs in (first, other)]
+        caches = [cache_of(made.model(**inputs)) for inputs in (first, other)]
         mine, theirs = caches[0].inner, caches[1].inner
         assert any(not torch.equal(a, b) for a, b in zip(iterate_cache_tensors(mine), iterate_cache_tensors(theirs)))
         for a, b in zip(iterate_cache_tensors(mine), iterate_cache_tensors(theirs)):
             b.copy_(a)
-        logits = [made.model(input_ids=text["input_ids"], past_key_values=cache).logits for cache in caches]
+        logits = [made.model(input_ids=text["input_ids"], **cache_argument(cache)).logits for cache in caches]
     assert torch.equal(*logits)
 
 
@@ -95,7 +101,7 @@ def test_no_visual_token_stays_in_the_cache(made):
     """Its bytes are those of text and compressed tokens, exactly."""
     inputs = inputs_of(made, ROWS[3])
     with torch.no_grad():
-        cache = made.model(**inputs).past_key_values
+        cache = cache_of(made.model(**inputs))
     num_text = int((inputs["input_ids"] != made.model.config.image_token_id).sum())
     text = made.model.config.text_config
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -110,7 +116,7 @@ def test_at_no_time_there_are_visual_keys_of_two_layers(made):
     layers = made.model.model.language_model.layers
 
     def before(_, args, kwargs):
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE]
         seen.append([layer.keys.shape[2] for layer in cache.layers if getattr(layer, "keys", None) is not None])
 
     hook = layers[1].self_attn.register_forward_pre_hook(before, with_kwargs=True)
@@ -133,7 +139,7 @@ def test_a_later_call_in_columns_goes_on_where_the_first_ended(made):
     with torch.no_grad():
         expected = made.model(**whole).logits
         first = made.model(input_ids=ids[:, : second - 2], **pick[0])
-        later = made.model(input_ids=ids[:, second - 2 :], **pick[1], past_key_values=first.past_key_values)
+        later = made.model(input_ids=ids[:, second - 2 :], **pick[1], **cache_argument(cache_of(first)))
     torch.testing.assert_close(later.logits, expected[:, second - 2 :], atol=1e-5, rtol=1e-5)
 
 
@@ -306,9 +312,9 @@ def test_compressed_images_are_refused_where_they_can_not_be(made):
     with pytest.raises(ValueError, match="not both"):
         made.model(**inputs, compressed_images=[image])
     with torch.no_grad():
-        cache = made.model(**again).past_key_values
-    with pytest.raises(ValueError, match="start without past_key_values"):
-        made.model(**again, past_key_values=cache)
+        cache = cache_of(made.model(**again))
+    with pytest.raises(ValueError, match="start without a cache"):
+        made.model(**again, **cache_argument(cache))
     flipped = None if image.grid is not None else (2, 2)
     for wrong in (
         {"keys": image.keys[1:]},

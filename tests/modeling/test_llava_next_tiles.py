@@ -6,6 +6,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate import convert
+from foveate.modeling.compatibility import visual_tokens_of
 from foveate.modeling.tile_layout import tile_grid_of
 from foveate.processing.image_tiles import tile_grid
 
@@ -55,7 +56,7 @@ def test_a_batch_of_sizes_gives_each_image_what_it_gets_alone(both):
     model, processor = both[1]
     batch = inputs_of(processor, SIZES)
     together = model(**batch, output_compression=True)
-    tokens = together.image_hidden_states.split([len(image.weights) for image in together.compression])
+    tokens = visual_tokens_of(together).split([len(image.weights) for image in together.compression])
     for index, (size, found) in enumerate(zip(SIZES, tokens)):
         names = ["pixel_values", "image_sizes", "question_input_ids", "question_attention_mask"]
         alone = model.model.compress_images(**{name: batch[name][index : index + 1] for name in names})
@@ -81,7 +82,7 @@ def test_no_token_comes_from_the_padding_and_newlines_end_the_rows(both, size):
     column = of_grid // 9 % grid.columns * 3 + of_grid % 3
     assert ((row >= grid.top) & (row < grid.bottom) & (column >= grid.left) & (column < grid.right)).all()
     assert (row.diff() >= 0).all(), "row after row"
-    newline = output.image_hidden_states[is_newline]
+    newline = visual_tokens_of(output)[is_newline]
     torch.testing.assert_close(newline, model.model.image_newline.expand_as(newline))
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from foveate import convert
 from foveate.errors import FoveateError
 from foveate.modeling import modeling_llava_meteor
+from foveate.modeling.compatibility import visual_tokens_of
 from foveate.modeling.compressor_meteor import FlashGlobalFusion, local_means, native_scores
 from foveate.modeling.slice_layout import SliceLayout, slice_grid_of
 from foveate.modeling.vision_encoder_meteor import encode_views
@@ -161,7 +162,7 @@ def test_commas_and_newlines_stand_between_the_slices(made, trained):
     for place, sign in enumerate(expected):
         if sign != "t":
             token = settings.comma_token_id if sign == "," else settings.newline_token_id
-            assert torch.equal(output.image_hidden_states[place], embed(torch.tensor(token)))
+            assert torch.equal(visual_tokens_of(output)[place], embed(torch.tensor(token)))
     ids = made.processor.tokenizer.convert_tokens_to_ids([",", "\n"])
     assert ids == [settings.comma_token_id, settings.newline_token_id]
     patches = image.weights[image.roles == 1].argmax(1).view(7, 4)
@@ -250,7 +251,7 @@ def test_the_scan_can_be_the_single_one(made, trained):
 def test_a_fresh_model_is_plain_selection_by_the_visual_expert(made, model):
     inputs = inputs_of(made, SIZES)
     output = model(**inputs, output_compression=True)
-    tokens = output.image_hidden_states.split([len(image.weights) for image in output.compression])
+    tokens = visual_tokens_of(output).split([len(image.weights) for image in output.compression])
     model.set_compression(made.processor, keep_ratio=1.0)
     full = model.model.compress_images(**images_of(inputs), trace=True)
     everything = full.tokens.split(full.counts)

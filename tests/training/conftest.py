@@ -51,13 +51,13 @@ def instructions(tmp_path_factory):
 
 
 class Watch(TrainerCallback):
-    """Remembers the optimizer and the model; interrupts after some steps."""
+    """Remembers arguments, optimizer and model; interrupts after some steps."""
 
     def __init__(self, stop=None):
         self.stop = stop
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.model, self.groups = model, optimizer.param_groups
+        self.arguments, self.model, self.groups = args, model, optimizer.param_groups
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.stop:

@@ -24,6 +24,7 @@ from foveate.training.train import train
 
 from ..contract.conftest import picture
 from ..conversion.tiny_checkpoints import write_llava, write_llava_next
+from ..helpers.checkpointing import checkpoint_activations
 from .conftest import QUICK
 
 
@@ -100,12 +101,12 @@ def test_the_loss_is_what_a_slow_reference_says(distilled, batch):
 def test_only_the_matrices_generator_gets_a_gradient(distilled, batch, checkpointing):
     model, found = distilled.model.train(), []
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     encoded = model.model.vision_tower.register_forward_hook(lambda *_: found.append(1))
     Distillation(model, DistillationRecipe())(model, batch).backward()
     encoded.remove()
     if checkpointing:
-        model.gradient_checkpointing_disable()
+        checkpoint_activations(model, enabled=False)
     assert found == [1], "the image is encoded once, for teacher and student"
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert {name for name, gradient in gradients.items() if gradient is not None} == {

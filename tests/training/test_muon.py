@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from foveate.training.muon import MuonWithAdamW
+from foveate.training import muon
+from foveate.training.muon import Muon, MuonWithAdamW
 
 
 class Layered(nn.Module):
@@ -55,6 +56,58 @@ def test_it_is_muon_and_adamw():
         step(theirs, adamw, muon)
     for mine, other in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.fixture
+def shapes():
+    return (24, 40), (40, 24), (16, 16)
+
+
+def steps_of(make_optimizer, shapes, number=4):
+    """Matrices after some steps along gradients that are the same each time."""
+    random = torch.Generator().manual_seed(0)
+    matrices = [nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes]
+    optimizer = make_optimizer(matrices)
+    for _ in range(number):
+        for matrix in matrices:
+            matrix.grad = torch.randn(matrix.shape, generator=random)
+        optimizer.step()
+    return [matrix.detach() for matrix in matrices]
+
+
+def torchs(matrices):
+    return torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+
+
+def ours(matrices):
+    return Muon(matrices, lr=0.02, weight_decay=0.1)
+
+
+def test_where_bfloat16_is_fast_muon_is_torchs_to_the_bit(shapes, monkeypatch):
+    monkeypatch.setattr(muon, "fast_dtype", lambda device: torch.bfloat16)
+    assert all(map(torch.equal, steps_of(ours, shapes), steps_of(torchs, shapes)))
+
+
+def test_elsewhere_muon_multiplies_nothing_in_16_bits(shapes, monkeypatch):
+    """A GPU that prefers float16 as well: its range is too small for the iteration."""
+    expected = steps_of(torchs, shapes)
+    multiplied, addmm = set(), torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args, **kw: multiplied.add(args[0].dtype) or addmm(*args, **kw))
+    for dtype in (torch.float32, torch.float16):
+        monkeypatch.setattr(muon, "fast_dtype", lambda device, dtype=dtype: dtype)
+        for mine, other in zip(steps_of(ours, shapes), expected):
+            torch.testing.assert_close(mine, other, atol=5e-3, rtol=0)  # the rate is 0.02
+    assert multiplied == {torch.float32}
+
+
+def test_in_float32_singular_values_become_about_1(monkeypatch):
+    monkeypatch.setattr(muon, "fast_dtype", lambda device: torch.float32)
+    matrix = torch.randn(12, 30, generator=torch.Generator().manual_seed(1))
+    found = muon.orthogonalize(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = left.T @ found @ right.T  # the same singular vectors: nothing off the diagonal
+    torch.testing.assert_close(values, torch.diag(values.diag()), atol=1e-4, rtol=0)
+    assert values.diag().min() > 0.6 and values.diag().max() < 1.3
 
 
 def test_a_schedule_changes_the_rates_of_both():

@@ -13,7 +13,8 @@ from foveate import FoveateError, evaluate, train
 from foveate.cli import app
 from foveate.hub_cards.manifest import MANIFEST_FILE
 from foveate.hub_cards.verify import verify
-from foveate.training.recipe import RECIPE_FILE, read_stage
+from foveate.training import train as training
+from foveate.training.recipe import RECIPE_FILE, earlier_stages, read_stage, write_recipe
 
 from .conftest import QUICK, Watch
 
@@ -98,6 +99,71 @@ def test_what_trains_is_float32_in_a_bf16_model(tiny, instructions, tmp_path):
         run(tiny, instructions, tmp_path / "out", settings={"precision": "bf16"}, callbacks=[watch])
     dtypes = {(p.requires_grad, p.dtype) for p in watch.model.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Makes every device compute fast in a dtype."""
+
+    def compute_fast_in(dtype):
+        monkeypatch.setattr(training, "fast_dtype", lambda device, stored=None: dtype)
+
+    return compute_fast_in
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.bfloat16, "bf16"), (torch.float32, "fp32"), (torch.float16, "fp32")],  # float16 would need scaled losses
+)
+def test_auto_is_what_the_device_computes_fast_in_and_is_recorded_as_such(
+    dtype, precision, tiny, instructions, tmp_path, fast, capsys
+):
+    fast(dtype)
+    settings = {**QUICK, "precision": "auto", "data": str(instructions), "max_steps": 1}
+    watch = Watch()
+    out = train("qg-vtc", tiny, tmp_path / "out", settings=settings, callbacks=[watch])
+    frozen = {p.dtype for p in watch.model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    assert watch.arguments.bf16 == (precision == "bf16")
+    assert earlier_stages(out)[1]["precision"] == precision
+    assert json.loads((out / "training_log.json").read_text())["precision"] == precision
+    said = capsys.readouterr().err
+    name = {"bf16": "bfloat16", "fp32": "float32"}[precision]
+    assert f"1 steps in {name} on cpu" in said and f"precision: {precision}" in said
+
+
+@pytest.mark.parametrize(("before", "after"), [("bf16", torch.float32), ("fp32", torch.bfloat16)])
+def test_a_resumed_training_keeps_the_precision_that_it_began_with(before, after, tiny, instructions, tmp_path, fast):
+    out, settings = tmp_path / "out", {"precision": "auto", "save_steps": 1}
+    fast({"bf16": torch.bfloat16, "fp32": torch.float32}[before])
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, instructions, out, stage=1, steps=3, settings=settings, callbacks=[Watch(stop=2)])
+    fast(after)  # it goes on on another device
+    other = {"bf16": "fp32", "fp32": "bf16"}[before]
+    with pytest.raises(FoveateError, match=f"began with precision = {before}, not {other}"):
+        run(tiny, instructions, out, stage=1, steps=3, settings={**settings, "precision": other}, resume=True)
+    watch = Watch()
+    run(tiny, instructions, out, stage=1, steps=3, settings=settings, resume=True, callbacks=[watch])
+    assert watch.arguments.bf16 == (before == "bf16")
+    assert earlier_stages(out)[1]["precision"] == before
+    unbroken = tmp_path / "unbroken"
+    run(tiny, instructions, unbroken, stage=1, steps=3, settings={"precision": before})
+    assert not changed(weights(unbroken), weights(out))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], "fp32"), (["--dtype", "auto"], "bf16"), (["--dtype", "float32"], "fp32"), (["--dtype", "bfloat16"], "bf16")],
+)
+def test_the_commands_dtype_comes_before_the_recipes(words, expected, tiny, instructions, tmp_path, fast):
+    fast(torch.bfloat16)
+    recipe = tmp_path / "own.yaml"
+    block = {**read_stage("qg-vtc", 1).to_dict(), **QUICK, "data": str(instructions), "max_steps": 1}
+    write_recipe("qg-vtc", {1: block}, recipe)  # which says fp32
+    arguments = ["train", "qg-vtc", tiny, tmp_path / "out", "--recipe", recipe, *words]
+    found = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert found.exit_code == 0, found.output
+    assert earlier_stages(tmp_path / "out")[1]["precision"] == expected
 
 
 def test_batches_without_an_image_train_too(tiny, instructions, tmp_path):

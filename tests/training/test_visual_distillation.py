@@ -23,6 +23,7 @@ from foveate.training.visual_distillation import (
 
 from ..contract.conftest import picture
 from ..conversion.tiny_checkpoints import write_llava, write_qwen3_vl
+from ..helpers.checkpointing import checkpoint_activations
 from .conftest import Watch
 
 
@@ -130,12 +131,12 @@ def test_all_that_trains_gets_a_gradient(made, batch, kind, checkpointing):
     model.requires_grad_(False)
     model.model.compressor.requires_grad_(True)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     recipe = AuxiliaryRecipe(loss=kind, weight=0.1)
     VisualDistillation.prepare(model, recipe)
     VisualDistillation(model, recipe)(model, batch).backward()
     if checkpointing:
-        model.gradient_checkpointing_disable()
+        checkpoint_activations(model, enabled=False)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     decoder = {f"auxiliary.{part}" for part in ("narrow.weight", "narrow.bias", "widen.weight", "widen.bias", "s")}
     assert gradients.keys() == {"model.compressor.embeddings"} | (decoder if kind != "none" else set())
