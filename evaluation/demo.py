@@ -1,7 +1,4 @@
-"""`make demo`: a checkpoint is converted, and asked by a process that has never heard of foveate.
-
-Usage: python -m foveate.evaluation.demo FOLDER [PICTURE "QUESTION"]
-"""
+"""`foveate demo`: a checkpoint is converted, and asked by a process without foveate."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ from ..conversion.checkpoints import declared_dtype, read_shards
 from ..conversion.convert import convert
 from ..lab.scenes import ask_questions, draw_scene, sample_scene
 from ..modeling.precision import dtype_name, fast_dtype
-from .ask import ask
+from .ask import ask, open_image
 
 
-#: Runs without foveate: only Transformers and the checkpoint's own code.
+#: Runs without foveate: only Transformers and the checkpoint's own code. Nothing is printed but the answers.
 STRANGER = """
-import importlib.abc, sys
+import importlib.abc, logging, sys, warnings
 
 class NoFoveate(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -28,13 +25,14 @@ class NoFoveate(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError("this process has no foveate", name=name)
 
 sys.meta_path.insert(0, NoFoveate())
+logging.disable(logging.WARNING)
+warnings.simplefilter("ignore")
 
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+disable_progress_bar()
 folder, picture, dtype, *questions = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -57,8 +55,19 @@ assert "foveate" not in sys.modules
 """
 
 
-def main(folder: Path, picture: Path | None = None, question: str | None = None) -> None:
-    """Converts the lab model into `folder`/checkpoint, asks about a picture and leaves the picture of what was kept."""
+def run_demo(folder: Path, picture: Path | None = None, question: str | None = None) -> None:
+    """Converts the lab model into `folder`/checkpoint, asks about a picture and leaves the picture of what was kept.
+
+    Args:
+        folder: is made if it isn't there; what an earlier demo left is replaced.
+        picture: what to ask about; a scene of the lab, which is drawn into `folder`, if `None`.
+        question: what to ask about `picture`.
+
+    Raises:
+        FoveateError: a picture that can't be read.
+    """
+    if picture is not None:
+        open_image(picture)
     folder.mkdir(parents=True, exist_ok=True)
     if picture is None:
         scene = sample_scene("test", 7)
@@ -83,8 +92,3 @@ def main(folder: Path, picture: Path | None = None, question: str | None = None)
         f"Visual tokens {answer.visual_tokens_before} -> {answer.visual_tokens_after}; what was kept, recovered and "
         f"merged is drawn in {folder / 'kept.png'}."
     )
-
-
-if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    main(Path(arguments[0]), *[Path(a) for a in arguments[1:2]], *arguments[2:3])

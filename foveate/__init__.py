@@ -1,63 +1,46 @@
 """foveate: vision-language models that answer with fewer visual tokens, native to Hugging Face Transformers.
 
-Importing it registers every model with Transformers' Auto classes, so that a converted checkpoint loads without
+Importing it is light: neither torch nor Transformers is imported before a name that needs them is used. Every model is
+known to Transformers' Auto classes nevertheless (`registration.py`), so that a converted checkpoint loads without
 `trust_remote_code`.
 """
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import FoveateError
+from .registration import register_models
+from .registry import METHODS, Backbone, Method, backbones
 
 
-__version__ = "0.1.0"
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Imports make hundreds of thousands of objects and hardly any garbage: looking for it takes a second of five."""
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collected:
-            gc.enable()
-
-
-with _without_garbage_collection():
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
-
-    from .conversion.bundle import write_bundle
+if TYPE_CHECKING:  # what is imported when it is asked for
     from .conversion.convert import convert
     from .conversion.original_llava import import_original
-    from .errors import FoveateError
     from .evaluation.ask import ask
     from .evaluation.harness import evaluate
     from .lab import lab_folder, load_lab
-    from .modeling.compatibility import AutoModelForVision2Seq, register_image_processor
-    from .modeling.compressed_model import CompressedModelMixin
-    from .registry import METHODS, Backbone, Method, backbones
+    from .modeling.compatibility import AutoModelForVision2Seq
+    from .modeling.precision import fast_dtype
+    from .training.train import train
 
-    for _backbone in backbones():
-        AutoConfig.register(_backbone.model_type, _backbone.config_class)
-        AutoProcessor.register(_backbone.config_class, _backbone.processor_class)
-        if _backbone.image_processor_class is not None:
-            register_image_processor(_backbone.config_class, _backbone.image_processor_class)
-        AutoModel.register(_backbone.config_class, _backbone.model_class)
-        AutoModelForImageTextToText.register(_backbone.config_class, _backbone.generation_class)
-        if AutoModelForVision2Seq is not AutoModelForImageTextToText:
-            AutoModelForVision2Seq.register(_backbone.config_class, _backbone.generation_class)
-        for _class in (
-            _backbone.config_class,
-            _backbone.processor_class,
-            _backbone.image_processor_class,
-            _backbone.model_class,
-            _backbone.generation_class,
-        ):
-            if _class is not None:
-                globals()[_class.__name__] = _class
 
-    CompressedModelMixin.code_writer = staticmethod(write_bundle)
+__version__ = "0.2.0"
+
+#: The module of each name that is imported when it is asked for. So is every class that the registry names.
+_MODULES = {
+    "AutoModelForVision2Seq": "foveate.modeling.compatibility",
+    "ask": "foveate.evaluation.ask",
+    "convert": "foveate.conversion.convert",
+    "evaluate": "foveate.evaluation.harness",
+    "fast_dtype": "foveate.modeling.precision",
+    "import_original": "foveate.conversion.original_llava",
+    "lab_folder": "foveate.lab",
+    "load_lab": "foveate.lab",
+    "train": "foveate.training.train",
+}
+_MODULES |= {found.name: found.module for backbone in backbones() for found in backbone.references.values()}
+
+_FOLDERS = {"configuration", "conversion", "evaluation", "hub_cards", "lab", "modeling", "processing", "training"}
 
 __all__ = [
     "METHODS",
@@ -68,18 +51,26 @@ __all__ = [
     "ask",
     "convert",
     "evaluate",
+    "fast_dtype",
     "import_original",
     "lab_folder",
     "load_lab",
     "train",
 ]
-__all__ += [_name for _name in globals() if _name.startswith(tuple(b.stem for b in backbones()))]
+__all__ += sorted(_MODULES.keys() - set(__all__))
 
 
-def __getattr__(name: str):
-    """`train` is imported when it is asked for: it brings the Trainer and PEFT along."""
-    if name == "train":
-        from .training.train import train
+def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return import_module(f"foveate.{name}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return found
 
-        return train
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_FOLDERS})
+
+
+register_models()

@@ -1,10 +1,24 @@
-"""The methods that foveate knows. A new method adds one entry here."""
+"""The methods that foveate knows. A new method adds one entry here.
+
+Importing this module imports none of them: classes are named, and imported when they are asked for.
+"""
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
+
+
+class ClassReference(NamedTuple):
+    """A class by the module that it is in and its name."""
+
+    module: str
+    name: str
+
+    def load(self) -> type:
+        return getattr(importlib.import_module(self.module), self.name)
 
 
 @dataclass(frozen=True)
@@ -16,39 +30,51 @@ class Backbone:
         model_type: its own, which also ends the names of its modules.
         stem: what the names of its classes begin with.
         title: the backbone's name for readers.
+        has_image_processor: whether it has an image processor of its own, or images are prepared as the base does it.
     """
 
     base_model_type: str
     model_type: str
     stem: str
     title: str
+    has_image_processor: bool = False
 
-    def _load(self, room: str, prefix: str, name: str) -> type:
-        module = importlib.import_module(f"foveate.{room}.{prefix}_{self.model_type}")
-        return getattr(module, f"{self.stem}{name}")
+    @cached_property
+    def references(self) -> dict[str, ClassReference]:
+        """Where its classes are: "config", "processor", "model", "generation", and "image_processor" if it has one."""
+        parts = {
+            "config": ("configuration.configuration", "Config"),
+            "processor": ("processing.processing", "Processor"),
+            "model": ("modeling.modeling", "Model"),
+            "generation": ("modeling.modeling", "ForConditionalGeneration"),
+        }
+        if self.has_image_processor:
+            parts["image_processor"] = ("processing.image_processing", "ImageProcessor")
+        return {
+            part: ClassReference(f"foveate.{module}_{self.model_type}", f"{self.stem}{name}")
+            for part, (module, name) in parts.items()
+        }
 
     @cached_property
     def config_class(self) -> type:
-        return self._load("configuration", "configuration", "Config")
+        return self.references["config"].load()
 
     @cached_property
     def processor_class(self) -> type:
-        return self._load("processing", "processing", "Processor")
+        return self.references["processor"].load()
 
     @cached_property
     def image_processor_class(self) -> type | None:
         """`None` where images are prepared as the base does it."""
-        if "AutoImageProcessor" not in self.config_class.remote_code_map():  # type: ignore[attr-defined]
-            return None
-        return self._load("processing", "image_processing", "ImageProcessor")
+        return self.references["image_processor"].load() if self.has_image_processor else None
 
     @cached_property
     def model_class(self) -> type:
-        return self._load("modeling", "modeling", "Model")
+        return self.references["model"].load()
 
     @cached_property
     def generation_class(self) -> type:
-        return self._load("modeling", "modeling", "ForConditionalGeneration")
+        return self.references["generation"].load()
 
 
 @dataclass(frozen=True)
@@ -140,7 +166,7 @@ METHODS: dict[str, Method] = {
             title="LLaVA-Meteor",
             paper=_METEOR,
             needs_training=True,
-            backbones=(Backbone("llava", "llava_meteor", "LlavaMeteor", "LLaVA-1.5"),),
+            backbones=(Backbone("llava", "llava_meteor", "LlavaMeteor", "LLaVA-1.5", has_image_processor=True),),
         ),
     )
 }

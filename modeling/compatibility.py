@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
-from transformers import AutoImageProcessor, Cache, PreTrainedModel, modeling_outputs
+from transformers import Cache, PreTrainedModel, modeling_outputs
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
@@ -122,14 +122,6 @@ def register_key_mapping(model_class: type, generation_class: type, base_model_t
     class_renamings = get_checkpoint_conversion_mapping(base_class_name)
     if class_renamings is not None:
         register_checkpoint_conversion_mapping(model_class.__name__, class_renamings, overwrite=True)
-
-
-def register_image_processor(config_class: type, image_processor_class: type) -> None:
-    """Lets `AutoImageProcessor` find a class of our own; ≥ 5.0 asks for one a backend, 4.57 has no word for such."""
-    classes = {"slow_image_processor_class": image_processor_class}
-    if TRANSFORMERS_5:
-        classes["fast_image_processor_class"] = image_processor_class
-    AutoImageProcessor.register(config_class, **classes)
 
 
 class AsksForPlaceholdersMixin:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from ..conversion.tiny_checkpoints import write_clip, write_llava
 
 
 QUESTION = "what colour is it"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ class TestCommands:
         assert found.exit_code == 0
         assert all(
             name in found.output
-            for name in ("methods", "convert", "ask", "evaluate", "card", "verify", "upgrade", "push")
+            for name in ("demo", "methods", "convert", "ask", "evaluate", "card", "verify", "upgrade", "push")
         )
 
     def test_version(self):
@@ -175,6 +177,31 @@ class TestCommands:
         result = json.loads(Path("result.json").read_text())
         assert (result["n"], result["reuse_cache"], result["skipped"]["n"]) == (2, True, 1)
         assert all(word in result["command"] for word in words)
+
+
+class TestStartUp:
+    """Measured by processor time, the best of three: what else the machine does is not in it."""
+
+    @pytest.mark.parametrize("words", [["--help"], ["--version"], ["methods"], ["train", "--help"]], ids=" ".join)
+    def test_takes_less_than_a_second(self, words, tmp_path):
+        times = []
+        for folder in (tmp_path, tmp_path, ROOT):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "-m", "foveate", *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert min(times) < 1
+
+    def test_imports_neither_torch_nor_transformers(self):
+        names = [command.name or command.callback.__name__ for command in app.registered_commands]
+        commands = [["--help"], ["methods"], *([name, "--help"] for name in names)]
+        code = (
+            "import json, sys; from typer.testing import CliRunner; from foveate.cli import app; "
+            "assert not any(CliRunner().invoke(app, words).exit_code for words in json.loads(sys.argv[1])); "
+            "print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+        )
+        command = [sys.executable, "-c", code, json.dumps(commands)]
+        assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "set()\n"
 
 
 class TestPublishing:
