@@ -220,9 +220,9 @@ def benchmark(
     if method in ("recoverable", "qg-vtc"):
         convert += ["--text-encoder", str(clip)]
     commands = {
-        # What a process holds, and takes, before it has converted anything: the libraries, and foveate with them.
+        # What a process holds, and takes, before it has converted anything: the libraries, and what converts with them.
         "libraries": [sys.executable, "-c", _LIBRARIES],
-        "import": [sys.executable, "-c", f"import {package}"],
+        "import": [sys.executable, "-c", f"from {package} import convert"],
         "cp": ["cp", "-r", str(base), str(out)],
         "copy": convert,
         "link": [*convert, "--link"],
@@ -274,7 +274,7 @@ def _print(result: dict[str, Any]) -> None:
     table = Table("", "seconds", "from – to", "peak memory", "not mapped", box=None, pad_edge=False)
     names = {
         "libraries": "import transformers",
-        "import": "import foveate",
+        "import": "from foveate import convert",
         "cp": "cp",
         "copy": "foveate convert",
         "link": "foveate convert --link",
