@@ -35,6 +35,7 @@ COMMANDS = [
     ["evaluate", "demo/checkpoint", "--limit", "4", "--json", "result.json"],
     ["card", "demo/checkpoint", "--evaluation", "result.json"],
     ["verify", "demo/checkpoint"],
+    ["upgrade", "demo/checkpoint"],
     ["push", "demo/checkpoint", "user/name", "--dry-run"],
     ["import", "ORIGINAL", "imported"],
 ]
