@@ -32,6 +32,7 @@ from ..hub_cards.manifest import (
     RECORDS,
     describe_files,
     differs,
+    is_newer,
     listed_files,
     new_manifest,
     package_version,
@@ -290,6 +291,11 @@ def _plan(name: str, folder: Path, large: Mapping[str, dict[str, Any]], force: b
             config_class.from_dict(config)
         except ValueError as error:
             raise FoveateError(f"{folder}'s config can't be read: {first_sentence(error)}") from error
+        if manifest is not None and is_newer(manifest["foveate"]):
+            raise FoveateError(
+                f"{name} was written by foveate {manifest['foveate']}, and the installed {package_version()} has older "
+                "code: `pip install --upgrade foveate` first."
+            )
         present = sorted({*listed_files(folder), *large})
         listed = {} if manifest is None else manifest["files"]
         own_code = set(listed) if manifest is not None else _reached_code(folder, present)
@@ -335,8 +341,8 @@ def _refusal(name: str, unlisted: Mapping[str, list[str]]) -> str:
         more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
         words.append(f"{kind}: {', '.join(names[:_MAX_NAMED])}{more}")
     return (
-        f"{name} is not as its list of files says ({'; '.join(words)}): see what it is about, or --force the upgrade, "
-        "which lists all files as they are."
+        f"{name} is not upgraded, as it is not what was written ({'; '.join(words)}): look at these files, or --force "
+        "the upgrade, which lists all files as they are."
     )
 
 
@@ -453,7 +459,8 @@ def _rewritten_references(folder: Path, config_class: Any) -> dict[str, bytes]:
         for auto_map in _auto_maps(content):
             auto_map.update({auto: references[auto] for auto in auto_map.keys() & references.keys()})
         if file == CONFIG_NAME:
-            content["auto_map"] = {**content.get("auto_map", {}), **references}
+            before = content.get("auto_map")
+            content["auto_map"] = {**(before if isinstance(before, dict) else {}), **references}
         if content != json.loads(text):
             rewritten[file] = (json.dumps(content, indent=2, ensure_ascii=text.isascii()) + "\n").encode()
     return rewritten

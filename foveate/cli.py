@@ -653,6 +653,7 @@ def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
+    logging.getLogger("transformers.foveate").setLevel(logging.WARNING)  # that this version is untested is for all
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels of its own it doesn't find
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # how torchao, on import, registers types

@@ -42,7 +42,7 @@ def merge_card(written: Sequence[str], present: str, new: str) -> MergedCard:
     """Replaces the lines of a card that nobody edited.
 
     A passage that this version writes otherwise is replaced only if each of its lines is there as it was written, with
-    nothing between them. Whatever was added stays where it is.
+    nothing between them; one that is new, only if the line above it is. Whatever was added stays where it is.
 
     Args:
         written: digests of the lines as they were written.
@@ -52,21 +52,24 @@ def merge_card(written: Sequence[str], present: str, new: str) -> MergedCard:
     mine, lines = present.splitlines(), new.splitlines()
     mine_digests, new_digests = line_digests(present), line_digests(new)
     kept, added = _user_edits(written, mine_digests)
-    passages, num_kept = {}, 0
+    passages: dict[int, tuple[int, list[str]]] = {}
+    num_kept = 0
     for start, end, first, last in _differences(written, new_digests):
-        around = range(start, end) if end > start else (start - 1, start)
-        untouched = all(line in kept for line in around if 0 <= line < len(written))
-        if untouched and not any(added[line] for line in range(start + 1, end)):
+        # What is new as a whole follows what stands above it.
+        above = next((line for line in range(start - 1, -1, -1) if written[line]), None)
+        needed = range(start, end) if end > start else [] if above is None else [above]
+        if all(line in kept for line in needed) and not any(added[line] for line in range(start + 1, end)):
             passages[start] = (end, lines[first:last])
         elif not set(new_digests[first:last]) <= set(mine_digests):
             num_kept += 1
     merged: list[str] = []
     replaced_to = 0
     for line in range(len(written) + 1):
-        merged += [mine[position] for position in added[line]]
-        if line in passages:
-            replaced_to, replacement = passages[line]
-            merged += replacement
+        own = [mine[position] for position in added[line]]
+        end, passage = passages.get(line, (line, []))
+        # What was added stands before this line, unless it was written in its place.
+        merged += passage + own if end == line and line not in kept else own + passage
+        replaced_to = max(replaced_to, end)
         if line in kept and line >= replaced_to:
             merged.append(mine[kept[line]])
     newline = "\r\n" if "\r\n" in present else "\n"

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
+
 from ..errors import FoveateError
 from ..training.recipe import RECIPE_FILE
 from .card import CARD_FILE, is_hub_id
@@ -160,6 +162,14 @@ def sampled_sha256_of(path: Path) -> str:
             file.seek(last * sample // (_NUM_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def is_newer(version: str) -> bool:
+    """Whether a version of foveate is newer than the installed one."""
+    try:
+        return Version(version) > Version(package_version())
+    except InvalidVersion:
+        return False
 
 
 def package_version() -> str:

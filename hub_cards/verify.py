@@ -17,7 +17,7 @@ from ..conversion.bundle import bundle_files
 from ..conversion.checkpoints import read_config
 from ..errors import FoveateError
 from ..registry import backbones
-from .manifest import WEIGHTS, differs, listed_files, package_version, read_manifest
+from .manifest import WEIGHTS, differs, is_newer, listed_files, package_version, read_manifest
 
 
 _WAY_OUT = "`foveate upgrade {}` brings it up to date."
@@ -127,15 +127,21 @@ def _compare_files(
     changed = {name for name in there if name in listed and differs(folder / name, listed[name], full)}
     missing, foreign = listed.keys() - set(there), set(present) - listed.keys()
     as_listed = not (changed or missing or foreign or elsewhere)
-    due = as_listed and any(code)
+    newer = is_newer(version)
+    due = as_listed and any(code) and not newer
     same_version = version == package_version()
     if same_version or not any(code):
         changed, missing, foreign = (kind.union(more) for kind, more in zip((changed, missing, foreign), code))
     as_written = as_listed and not any(code)
     if as_written:
         verdict = f"as foveate {version} wrote it: {manifest['method']} on {manifest['base']}."
-    elif not due:
+    elif not as_listed:
         verdict = f"not as foveate {version} wrote it."
+    elif newer:
+        verdict = (
+            f"written by a newer version, foveate {version}: files are as it listed them, but {package_version()} is "
+            "installed, so only that version can tell whether the code is its own; `pip install --upgrade foveate`."
+        )
     elif same_version:
         verdict = (
             f"files are as listed, but its code is not that of the installed foveate {version}: another state of "

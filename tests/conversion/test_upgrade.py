@@ -126,11 +126,13 @@ class TestWhatIsWritten:
         for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
             (old / name).write_text("{}")
         write_manifest(old, "base")
-        beside = {"training_log.json": "[]", "LICENSE": "mine", ".git/HEAD": "ref", "runs/curve": "1"}
+        beside = {"training_recipe.yaml": "stages: {}", "training_log.json": "[]", "LICENSE": "mine"}
+        beside |= {".git/HEAD": "ref", "runs/curve": "1"}
         for name, text in beside.items():
             (old / name).parent.mkdir(exist_ok=True)
             (old / name).write_text(text)
         upgrade(old)
+        assert 'subfolder="adapter"' in (old / "README.md").read_text(), "a fact that the card did not know yet"
         assert (old / "adapter/adapter_model.safetensors").read_text() == "{}"
         assert {name: (old / name).read_text() for name in beside} == beside
         assert verify(old).as_written
@@ -265,6 +267,12 @@ class TestWhatIsRefused:
         done = upgrade(old, force=True)
         assert done.left == (() if name in NEW_CODE else (name,))
         assert verify(old).as_written == (name in NEW_CODE), "verify goes on saying it"
+
+    def test_one_that_a_newer_version_wrote(self, old):
+        content = json.loads((old / MANIFEST_FILE).read_text())
+        (old / MANIFEST_FILE).write_text(json.dumps({**content, "foveate": "99.0"}))
+        assert "written by foveate 99.0" in refused(old) and "pip install --upgrade foveate" in refused(old, force=True)
+        assert not verify(old).upgrade_due and "a newer version, foveate 99.0" in verify(old).verdict
 
     def test_another_folder(self, old, tmp_path):
         config = json.loads((old / "config.json").read_text())
@@ -493,7 +501,8 @@ class TestOnTheHub:
         name = next(name for name in hub.files if name.endswith(WEIGHTS))
         hub.files[name] = hub.files[name][:-1] + bytes([hub.files[name][-1] ^ 1])
         found = self.run(hub, tmp_path, "user/tiny", "--push")
-        assert found.returncode == 2 and f"user/tiny is not as its list of files says (changed: {name})" in found.stdout
+        assert found.returncode == 2
+        assert f"user/tiny is not upgraded, as it is not what was written (changed: {name})" in found.stdout
         assert not hub.commits
         assert self.run(hub, tmp_path, "user/tiny", "--push", "--force").returncode == 0
         entry = json.loads(hub.files[MANIFEST_FILE])["files"][name]

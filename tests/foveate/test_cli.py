@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import resource
 import shutil
@@ -16,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from foveate.cli import app, parse_settings
+from foveate.cli import _quiet, app, parse_settings
 from foveate.conversion import convert as convert_module
 from foveate.errors import FoveateError
 from foveate.evaluation import ask as ask_module
@@ -85,6 +86,11 @@ class TestCommands:
             name in found.output
             for name in ("demo", "methods", "convert", "ask", "evaluate", "card", "verify", "upgrade", "push")
         )
+
+    def test_loading_notes_are_not_shown_but_that_transformers_is_untested_is(self):
+        _quiet()
+        assert logging.getLogger("transformers.foveate").isEnabledFor(logging.WARNING)
+        assert not logging.getLogger("transformers.models").isEnabledFor(logging.WARNING)
 
     def test_version(self):
         assert run("--version").stdout.startswith("foveate 0.")

@@ -74,6 +74,12 @@ def test_a_new_sentence_goes_where_its_neighbours_are():
     assert "A new sentence." not in merged(without, new=new).text
 
 
+def test_a_new_paragraph_stands_before_an_edited_one():
+    new = WRITTEN.replace("## Limits\n", "A new paragraph.\n\n## Limits\n")
+    edited = WRITTEN.replace("## Limits", "## My limits")
+    assert merged(edited, new=new).text == new.replace("## Limits", "## My limits")
+
+
 def test_a_card_of_ones_own_is_left_alone():
     assert merged("# Mine\n\nNothing else.\n").text == "# Mine\n\nNothing else.\n"
 
