@@ -258,6 +258,17 @@ def cache_positions(past: int, length: int, device: torch.device) -> dict[str, t
     return {} if TRANSFORMERS_5 else {"cache_position": torch.arange(past, past + length, device=device)}
 
 
+def without_cache_positions(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments without what 4.57's `generate` says of the caller's columns: a model whose language model runs
+    on others counts for itself."""
+    return {name: value for name, value in arguments.items() if name != "cache_position"}
+
+
+def count_queries(query: int | torch.Tensor) -> int:
+    """Of what `Cache.get_mask_sizes` is asked with: their number, in 4.57 their positions."""
+    return query if isinstance(query, int) else len(query)
+
+
 def write_to_cache(
     cache: Cache, keys: torch.Tensor, values: torch.Tensor, layer: int, past: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

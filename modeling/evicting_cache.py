@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import Cache
 
-from .compatibility import write_to_cache
+from .compatibility import count_queries, write_to_cache
 
 
 class EvictingCache(Cache):
@@ -40,8 +40,8 @@ class EvictingCache(Cache):
         return self.past
 
     def get_mask_sizes(self, query: int | torch.Tensor, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the keys; `query` is the number of queries, in 4.57 their positions."""
-        return self.past + (query if isinstance(query, int) else len(query)), 0
+        """Length and offset of the keys, for as many queries as [`count_queries`] says."""
+        return self.past + count_queries(query), 0
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Stores what stays of a layer's keys and values, (batch, heads, pass, width); returns all there are."""

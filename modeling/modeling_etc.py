@@ -25,6 +25,7 @@ from .compatibility import (
     fields_with_cache,
     image_fields,
     takes_cache,
+    without_cache_positions,
     write_to_cache,
 )
 from .compressed_image import CompressedImage
@@ -170,7 +171,7 @@ class ETCModelMixin(PlacedModelMixin):
         Returns:
             The output, in the caller's columns; where the images lie in them and what was made of them, if there are.
         """
-        kwargs.pop("cache_position", None)  # 4.57's generate passes logical ones; the language model counts for itself
+        kwargs = without_cache_positions(kwargs)
         masked = self.training and cache is None and self._takes_masks  # type: ignore[attr-defined]
         inputs_embeds, present, logical = self._open_columns(
             input_ids, inputs_embeds, attention_mask, cache, False if masked else use_cache

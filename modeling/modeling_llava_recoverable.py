@@ -28,6 +28,7 @@ from .compatibility import (
     register_key_mapping,
     run_clip_layer,
     takes_cache,
+    without_cache_positions,
 )
 from .compressed_model import (
     CompressedCausalLMOutputWithPast,
@@ -211,7 +212,6 @@ class LlavaRecoverableModel(LogicalModelMixin, LlavaModel):
         **kwargs: Any,
     ) -> tuple[CompressedModelOutputWithPast, PhysicalSequence]:
         """The forward pass, with `last_hidden_state` still on the physical sequence, which comes with it."""
-        kwargs.pop("cache_position", None)  # 4.57's generate passes logical ones; the language model counts for itself
         inputs_embeds, present, logical = self._open_columns(input_ids, inputs_embeds, attention_mask, cache, use_cache)
         num_columns = inputs_embeds.shape[1]
 
@@ -238,7 +238,7 @@ class LlavaRecoverableModel(LogicalModelMixin, LlavaModel):
             **cache_argument(None if logical is None else logical.inner),
             use_cache=logical is not None,
             **cache_positions(past, length, inputs_embeds.device),
-            **kwargs,
+            **without_cache_positions(kwargs),
         )
         if logical is not None:
             logical.append(sequence.source, num_columns, sequence.has_gaps)

@@ -13,7 +13,7 @@ from transformers import Cache, Qwen3VLForConditionalGeneration, Qwen3VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel
 
 from ..configuration.configuration_qwen3_vl_baseline import Qwen3VLBaselineConfig
-from .compatibility import image_fields
+from .compatibility import image_fields, without_cache_positions
 from .compressed_image import CompressedImage
 from .compressed_model import CompressedGenerationMixin, CompressedModelOutputWithPast
 from .exact_count import CompressedImages
@@ -80,7 +80,7 @@ class Qwen3VLBaselineModel(Qwen3VLModelMixin, BaselineModelMixin, PlacedModelMix
         output_compression: bool,
         **kwargs,
     ) -> CompressedModelOutputWithPast:
-        kwargs.pop("cache_position", None)  # 4.57's generate passes it; the language model counts for itself
+        kwargs = without_cache_positions(kwargs)
         inputs_embeds, present, logical = self._open_columns(input_ids, inputs_embeds, attention_mask, cache, use_cache)
         has_images = images["pixel_values"] is not None
         if has_images and compressed_images is not None:
