@@ -327,9 +327,12 @@ def _write_weights(shards: list[Shard], new: list[StreamedTensor], folder: Path,
 @contextmanager
 def _progress_bar(num_bytes: int, shown: bool) -> Iterator[Callable[[int], object]]:
     """Gives what is called with every number of bytes that was copied."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+    if not (shown and console.is_terminal):  # rich 14.0 ends a line of a bar that is disabled, too
+        yield lambda count: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("copying weights", total=num_bytes)
         yield lambda count: bar.advance(task, count)
 
