@@ -39,10 +39,10 @@ TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 #: The name of the KV cache in the arguments and outputs of models: ≥ 5.24 renamed `past_key_values`.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def takes_cache(method: Method) -> Method:
+def takes_cache(method: _Method) -> _Method:
     """Decorates a method with an argument `cache`: it goes by the installed version's name, and from 5.24 on by the
     old name as well, with the warning that Transformers' own methods give."""
     if CACHE == "cache":
@@ -131,7 +131,7 @@ class AsksForPlaceholdersMixin:
     def __call__(self, images=None, text=None, **kwargs):
         if TRANSFORMERS_5 or not images:
             return super().__call__(images=images, text=text, **kwargs)  # type: ignore[misc]
-        options = kwargs.pop("images_kwargs", {})
+        options = {**kwargs.pop("images_kwargs", {})}  # the caller's own stays as it is
         options |= {name: kwargs.pop(name) for name in _IMAGE_OPTIONS if name in kwargs}
         pixels = self.image_processor(images=images, **options)  # type: ignore[attr-defined]
         written = iter([self.replace_image_token(pixels, index) for index in range(len(images))])  # type: ignore[attr-defined]

@@ -1,11 +1,13 @@
 """Contract 2–4: `generate()` unchanged, batches give what single rows give, caches go on."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from foveate.modeling.compatibility import cache_argument, cache_of
+from foveate.modeling.compatibility import CACHE, cache_argument, cache_of
 
 from ..conversion.tiny_checkpoints import IMAGE_TOKEN_ID
 from .conftest import ROWS, Row, images_in, picture, prompt_for
@@ -156,6 +158,19 @@ def test_a_later_turn_may_leave_out_what_an_earlier_one_said(model, processor, i
 
 def _placeholders(processor, inputs, image_token: int) -> int:
     return int((inputs["input_ids"][0] == image_token).sum())
+
+
+def test_the_cache_goes_by_its_older_name_too(model, inputs_of):
+    """As in Transformers' own models: from 5.24 on with a warning."""
+    inputs = inputs_of(ROWS[0])
+    mask = torch.cat([inputs["attention_mask"], torch.ones(1, 1, dtype=torch.int64)], dim=1)
+    later = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": mask}
+    with torch.no_grad():
+        expected = model(**later, **cache_argument(cache_of(model(**inputs)))).logits
+        warns = pytest.warns(FutureWarning, match="past_key_values") if CACHE == "cache" else nullcontext()
+        with warns:
+            found = model(**later, past_key_values=cache_of(model(**inputs))).logits
+    assert torch.equal(found, expected)
 
 
 def test_assisted_decoding_gives_what_greedy_gives(checkpoint, model, inputs_of):

@@ -188,6 +188,7 @@ class TestTheCard:
                 ("## What it saves\n", "I made it for my dog.\n\n## What it saves\n"),
                 ("account says nothing of measured time.", "account says nothing of measured time. On my laptop: 3 s."),
                 ("Accuracy: not evaluated.\n", "| task | metric |\n| --- | --- |\n| dogs | 99 % |\n"),
+                ("By the pipeline:\n", "By the pipeline, which I like:\n"),
                 ("Compression settings (", "Compression settings, which I like ("),
                 ("- Details that", "- It knows no cats.\n- Details that"),
             ):
