@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import LlavaConfig
 
-from .compression_settings import CompressionConfigMixin
-from .settings_etc import ETCSettings
+from foveate.configuration.compression import CompressionConfigMixin
+from foveate.configuration.etc import ETCSettings
 
 
 class LlavaETCConfig(CompressionConfigMixin, LlavaConfig):

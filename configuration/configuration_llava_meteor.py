@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import LlavaConfig
 
-from ..processing.checked_processor import MAX_ASPECT_RATIO
-from ..processing.image_slices import most_patches
-from .compression_settings import CompressionConfigMixin
-from .settings_meteor import MeteorSettings
+from foveate.configuration.compression import CompressionConfigMixin
+from foveate.configuration.meteor import MeteorSettings
+from foveate.modeling.layers.slices import most_patches
+from foveate.processing.base import MAX_ASPECT_RATIO
 
 
 class LlavaMeteorConfig(CompressionConfigMixin, LlavaConfig):

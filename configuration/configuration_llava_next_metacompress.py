@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import LlavaNextConfig
 
-from .settings_metacompress import MetaCompressSettings
-from .settings_sequence import SequenceConfigMixin
+from foveate.configuration.metacompress import MetaCompressSettings
+from foveate.configuration.sequence import SequenceConfigMixin
 
 
 class LlavaNextMetaCompressConfig(SequenceConfigMixin, LlavaNextConfig):

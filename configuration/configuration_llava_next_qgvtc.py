@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import CLIPTextConfig, LlavaNextConfig
 
-from .compression_settings import QuestionGuidedConfigMixin
-from .settings_qgvtc import QGVTCSettings
+from foveate.configuration.compression import QuestionGuidedConfigMixin
+from foveate.configuration.qgvtc import QGVTCSettings
 
 
 class LlavaNextQGVTCConfig(QuestionGuidedConfigMixin, LlavaNextConfig):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import CLIPTextConfig, LlavaConfig
 
-from .compression_settings import (
+from foveate.configuration.compression import (
     CompressionSettings,
     QuestionGuidedConfigMixin,
     require_bool,

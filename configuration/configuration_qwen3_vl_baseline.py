@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import Qwen3VLConfig
 
-from .settings_baseline import BaselineSettings
-from .settings_sequence import SequenceConfigMixin
+from foveate.configuration.baselines import BaselineSettings
+from foveate.configuration.sequence import SequenceConfigMixin
 
 
 class Qwen3VLBaselineConfig(SequenceConfigMixin, Qwen3VLConfig):

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..errors import FoveateError, first_sentence
-from ..modeling.adapter_layout import BASE_FIELDS
-from .atomic_folder import atomic_folder, require_free
-from .checkpoints import fetch_weights, find_checkpoint, read_config, read_shards
+from foveate.conversion.atomic_folder import atomic_folder, require_free
+from foveate.conversion.checkpoints import fetch_weights, find_checkpoint, read_config, read_shards
+from foveate.errors import FoveateError, first_sentence
+from foveate.modeling.core.loading import BASE_FIELDS
 
 
 _SMALL_FILES_BYTES = 32_000_000
@@ -67,10 +67,10 @@ def merge(checkpoint: str | Path, out: str | Path) -> Path:
         FoveateError: `out` exists, there is nothing to merge, the base is not where the checkpoint says, PEFT is
             needed and not installed.
     """
-    from ..hub_cards.card import read_base_name, write_card
-    from ..hub_cards.manifest import write_manifest
-    from ..training.recipe import RECIPE_FILE
-    from ..training.train import ADAPTER_FOLDER, LOG_FILE, copy_small_files, merge_lora
+    from foveate.hub_cards.card import read_base_name, write_card
+    from foveate.hub_cards.manifest import write_manifest
+    from foveate.training.recipe import RECIPE_FILE
+    from foveate.training.train import ADAPTER_FOLDER, LOG_FILE, copy_small_files, merge_lora
 
     out = Path(os.path.abspath(Path(out).expanduser()))
     require_free(out)

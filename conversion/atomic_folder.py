@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import FoveateError
-from .file_copy import CANT_LINK, copy_file
+from foveate.conversion.file_copy import CANT_LINK, copy_file
+from foveate.errors import FoveateError
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -1,9 +1,9 @@
 """The hub bundle: the code of a model as flat files that load in a process in which foveate is not installed.
 
-In the package the files lie in rooms and import each other so: `from ..configuration.configuration_x import X`. A
-checkpoint's remote code is one flat folder: `from .configuration_x import X`. The bundle is made of the modules that
-the checkpoint's `auto_map` names, its entries, and of whatever they import within the package. Nothing but the dots and
-room names of those imports is changed, so the same package gives the same bytes.
+In the package the files lie in folders and import each other by full names: `from foveate.modeling.core.cache import
+LogicalCache`. A checkpoint's remote code is one flat folder: `from .modeling_core_cache import LogicalCache`. The
+bundle is made of the modules that the checkpoint's `auto_map` names, its entries, and of whatever they import within
+the package. Nothing but the modules' names in those imports is changed, so the same package gives the same bytes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FoveateError
+from foveate.errors import FoveateError
 
 
-ROOMS = ("configuration", "processing", "modeling")
+FOLDERS = ("configuration", "processing", "modeling")
 
-#: A relative import as it has to be written. Transformers finds the files of a bundle by a pattern of this kind, line
-#: by line, so an import in any other form would not be found.
-_IMPORT_LINE = re.compile(rb"(?P<indent>\s*)from (?P<module>\.+\w+(?:\.\w+)*) import\b")
+#: An import within the package as it has to be written. Transformers finds the files of a bundle by a pattern of this
+#: kind, line by line, so an import in any other form would not be found.
+_IMPORT_LINE = re.compile(rb"(?P<indent>\s*)from (?P<module>\w+(?:\.\w+)*) import\b")
 
 _INDIRECT_IMPORTS = """
 
@@ -48,7 +48,14 @@ class FlatModule:
 
     @property
     def flat_name(self) -> str:
-        return self.name.rpartition(".")[2]
+        return flat_name(self.name)
+
+
+def flat_name(module: str) -> str:
+    """`foveate.modeling.core.cache` → `modeling_core_cache`, its name in a bundle; a module whose name begins with its
+    folder's keeps it."""
+    _, folder, *rest = module.split(".")
+    return rest[-1] if f"{folder}_" in f"{rest[-1]}_" else "_".join((folder, *rest))
 
 
 def entry_modules(config_class: type) -> list[str]:
@@ -59,7 +66,7 @@ def entry_modules(config_class: type) -> list[str]:
     """
     package = config_class.__module__.split(".")[0]
     files = {reference.partition(".")[0] for reference in config_class.remote_code_map().values()}
-    # A file's name begins with its room: configuration_x, processing_x, modeling_x; so does image_processing_x, nearly.
+    # A file's name begins with its folder: configuration_x, processing_x, modeling_x; image_processing_x nearly does.
     return sorted(f"{package}.{file.removeprefix('image_').partition('_')[0]}.{file}" for file in files)
 
 
@@ -90,8 +97,8 @@ def bundle_files(entries: type | Iterable[str]) -> dict[str, bytes]:
             Transformers will be pointed at.
 
     Raises:
-        FoveateError: an import that a bundle can't have (of another room, of the package by name, of a whole room, in
-            a form that Transformers doesn't recognise), or two modules with the same flat name.
+        FoveateError: an import that a bundle can't have (of another folder, of the package as a whole, relative, in a
+            form that Transformers doesn't recognise), or two modules with the same flat name.
     """
     if isinstance(entries, type):
         entries = entry_modules(getattr(entries, "config_class", None) or entries)
@@ -118,22 +125,27 @@ def _collect(names: Iterable[str]) -> dict[str, FlatModule]:
 
 
 def _flatten(name: str) -> FlatModule:
-    """Reads a module and rewrites its relative imports."""
+    """Reads a module and rewrites its imports from the package."""
     package, _, place = name.partition(".")
-    if len(place.split(".")) != 2 or place.split(".")[0] not in ROOMS:
-        raise FoveateError(f"{name} can't be in a bundle: only modules in {package}'s rooms {', '.join(ROOMS)} can.")
+    if "." not in place or place.split(".")[0] not in FOLDERS:
+        raise FoveateError(
+            f"{name} can't be in a bundle: only modules in {package}'s folders {', '.join(FOLDERS)} can."
+        )
     source = _read_source(name)
     lines = source.splitlines(keepends=True)
     imports = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            _forbid_package(name, package, node.lineno, (alias.name for alias in node.names))
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            _forbid_package(name, package, node.lineno, [node.module])
-        elif isinstance(node, ast.ImportFrom):
-            target = _resolve(name, node)
-            imports.add(target)
-            lines[node.lineno - 1] = _flat_import(name, node, lines[node.lineno - 1], target)
+            if any(alias.name.split(".")[0] == package for alias in node.names):
+                raise FoveateError(
+                    f"{name}, line {node.lineno}, imports {package} as a whole, which a bundle can't: write `from "
+                    f"{package}.folder.module import name`."
+                )
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise FoveateError(f"{name}, line {node.lineno}, has a relative import: write the module's full name.")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+            imports.add(node.module)
+            lines[node.lineno - 1] = _flat_import(name, node, lines[node.lineno - 1])
     return FlatModule(name, b"".join(lines), tuple(sorted(imports)))
 
 
@@ -147,38 +159,21 @@ def _read_source(name: str) -> bytes:
     return Path(spec.origin).read_bytes()
 
 
-def _forbid_package(name: str, package: str, line: int, imported: Iterable[str]) -> None:
-    if any(module.split(".")[0] == package for module in imported):
+def _flat_import(name: str, node: ast.ImportFrom, line: bytes) -> bytes:
+    """The line of an import from the package, from the module's flat name instead."""
+    match = _IMPORT_LINE.match(line)
+    if match is None or match.end("indent") != node.col_offset or match["module"].decode() != node.module:
         raise FoveateError(
-            f"{name}, line {line}, imports {package} by name, which a bundle can't: write a relative import."
+            f"{name}, line {node.lineno}, has an import that Transformers would not find in remote code: write "
+            "`from package.folder.module import name` on a line of its own."
         )
-
-
-def _resolve(name: str, node: ast.ImportFrom) -> str:
-    """Full name of the module that a relative import is from."""
-    room = name.rpartition(".")[0]
-    try:
-        target = importlib.util.resolve_name("." * node.level + (node.module or ""), room)
-    except ImportError:
-        target = "beyond the package"
-    if len(target.split(".")) < 3:
+    if node.module.count(".") < 2:
         raise FoveateError(
-            f"{name}, line {node.lineno}, imports from {target}, which is no file that a bundle could hold: "
+            f"{name}, line {node.lineno}, imports from {node.module}, which is no file that a bundle could hold: "
             "import from the module itself."
         )
-    return target
-
-
-def _flat_import(name: str, node: ast.ImportFrom, line: bytes, target: str) -> bytes:
-    """The line of a relative import with the place of the module reduced to `.module`."""
-    match = _IMPORT_LINE.match(line)
-    if match is None or match.end("indent") != node.col_offset:
-        raise FoveateError(
-            f"{name}, line {node.lineno}, has a relative import that Transformers would not find in remote code: "
-            "write `from .module import name` on a line of its own."
-        )
     start, end = match.span("module")
-    return line[:start] + b"." + target.rpartition(".")[2].encode() + line[end:]
+    return line[:start] + b"." + flat_name(node.module).encode() + line[end:]
 
 
 def _require_unique_names(modules: dict[str, FlatModule]) -> None:

@@ -26,9 +26,9 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from ..errors import FoveateError
-from ..lab import lab_folder
-from .safetensors_stream import DTYPES
+from foveate.conversion.safetensors_stream import DTYPES
+from foveate.errors import FoveateError
+from foveate.lab import lab_folder
 
 
 LAB_PREFIX = "lab:"

@@ -28,16 +28,9 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from ..errors import FoveateError, first_sentence
-from ..hub_cards.card import write_card
-from ..hub_cards.manifest import write_manifest
-from ..lab import BASES as LAB_BASES
-from ..modeling.adapter_layout import BASE_FIELDS
-from ..processing.question_processor import QUESTION_TOKENIZER_FOLDER, common_start
-from ..registry import METHODS, Backbone
-from .atomic_folder import atomic_folder, require_free
-from .bundle import write_bundle
-from .checkpoints import (
+from foveate.conversion.atomic_folder import atomic_folder, require_free
+from foveate.conversion.bundle import write_bundle
+from foveate.conversion.checkpoints import (
     LAB_PREFIX,
     TOKENIZER_FILES,
     Shard,
@@ -48,9 +41,16 @@ from .checkpoints import (
     require_tokenizer,
     stored_dtype,
 )
-from .file_copy import copy_files, link_file
-from .safetensors_stream import StreamedTensor, write_safetensors
-from .text_encoder import CLIP_MODULES, TextEncoder, open_text_encoder
+from foveate.conversion.file_copy import copy_files, link_file
+from foveate.conversion.safetensors_stream import StreamedTensor, write_safetensors
+from foveate.conversion.text_encoder import CLIP_MODULES, TextEncoder, open_text_encoder
+from foveate.errors import FoveateError, first_sentence
+from foveate.hub_cards.card import write_card
+from foveate.hub_cards.manifest import write_manifest
+from foveate.lab import BASES as LAB_BASES
+from foveate.modeling.core.loading import BASE_FIELDS
+from foveate.processing.question import QUESTION_TOKENIZER_FOLDER, common_start
+from foveate.registry import METHODS, Backbone
 
 
 #: CLIP checkpoints that vision towers of base models came from, by (width, layers, image side, patch side).

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import FoveateError
+from foveate.errors import FoveateError
 
 
 _CLONE = 0x40049409  # Linux's FICLONE

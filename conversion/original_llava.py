@@ -34,16 +34,16 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from ..configuration.compression_settings import require_positive_int
-from ..errors import FoveateError, first_sentence
-from ..hub_cards.card import CARD_FILE, write_card
-from ..hub_cards.manifest import write_manifest
-from .atomic_folder import atomic_folder, require_free
-from .checkpoints import find_checkpoint, read_config, read_json, require_tokenizer
-from .convert import convert
-from .safetensors_stream import StreamedTensor, write_checkpoint_weights, write_safetensors
-from .sentencepiece_model import llama_tokenizer
-from .stored_weights import StoredWeights, open_weights
+from foveate.configuration.compression import require_positive_int
+from foveate.conversion.atomic_folder import atomic_folder, require_free
+from foveate.conversion.checkpoints import find_checkpoint, read_config, read_json, require_tokenizer
+from foveate.conversion.convert import convert
+from foveate.conversion.safetensors_stream import StreamedTensor, write_checkpoint_weights, write_safetensors
+from foveate.conversion.sentencepiece_model import llama_tokenizer
+from foveate.conversion.stored_weights import StoredWeights, open_weights
+from foveate.errors import FoveateError, first_sentence
+from foveate.hub_cards.card import CARD_FILE, write_card
+from foveate.hub_cards.manifest import write_manifest
 
 
 IMAGE_TOKEN, PAD_TOKEN, VOCO_TOKEN = "<image>", "<pad>", "<voco>"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..errors import FoveateError
+from foveate.errors import FoveateError
 
 
 #: The format's names of the dtypes that weights are stored in.

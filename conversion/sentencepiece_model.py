@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from ..errors import FoveateError
+from foveate.errors import FoveateError
 
 
 _SPACE = "▁"

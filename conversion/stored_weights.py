@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from ..errors import FoveateError, first_sentence
-from .checkpoints import download, fetch_weights, read_json, read_shards
-from .safetensors_stream import DTYPE_NAMES, DTYPES, StreamedTensor
+from foveate.conversion.checkpoints import download, fetch_weights, read_json, read_shards
+from foveate.conversion.safetensors_stream import DTYPE_NAMES, DTYPES, StreamedTensor
+from foveate.errors import FoveateError, first_sentence
 
 
 _PICKLED_SHARDS = "pytorch_model-*.bin"

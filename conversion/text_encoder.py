@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, CLIPConfig
 
-from ..errors import FoveateError, first_sentence
-from .checkpoints import find_checkpoint, read_config, require_tokenizer
-from .safetensors_stream import StreamedTensor
-from .stored_weights import open_weights
+from foveate.conversion.checkpoints import find_checkpoint, read_config, require_tokenizer
+from foveate.conversion.safetensors_stream import StreamedTensor
+from foveate.conversion.stored_weights import open_weights
+from foveate.errors import FoveateError, first_sentence
 
 
 QUESTION_ENCODER = "question_encoder"

@@ -23,10 +23,14 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from ..errors import FoveateError, first_sentence
-from ..hub_cards.card import CARD_FILE, PLACE, is_hub_id, read_base_name, read_facts, render_card
-from ..hub_cards.card_lines import line_digests, merge_card
-from ..hub_cards.manifest import (
+from foveate.conversion.atomic_folder import atomic_folder, replaced_folder, require_free, restore_replaced, write_anew
+from foveate.conversion.bundle import bundle_files
+from foveate.conversion.checkpoints import LAB_PREFIX, read_config, read_json
+from foveate.conversion.file_copy import copy_files
+from foveate.errors import FoveateError, first_sentence
+from foveate.hub_cards.card import CARD_FILE, PLACE, is_hub_id, read_base_name, read_facts, render_card
+from foveate.hub_cards.card_lines import line_digests, merge_card
+from foveate.hub_cards.manifest import (
     LEFT_OUT,
     MANIFEST_FILE,
     RECORDS,
@@ -39,12 +43,8 @@ from ..hub_cards.manifest import (
     read_manifest,
     to_json,
 )
-from ..hub_cards.released_card import released_card
-from ..hub_cards.verify import config_class_of
-from .atomic_folder import atomic_folder, replaced_folder, require_free, restore_replaced, write_anew
-from .bundle import bundle_files
-from .checkpoints import LAB_PREFIX, read_config, read_json
-from .file_copy import copy_files
+from foveate.hub_cards.released_card import released_card
+from foveate.hub_cards.verify import config_class_of
 
 
 #: Files in which Transformers looks up which code serves which Auto class.

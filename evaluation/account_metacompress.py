@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .flops import MethodAccount
+from foveate.evaluation.flops import MethodAccount
 
 
 def account(config: Any, stock: MethodAccount, image_size: tuple[int, int]) -> MethodAccount:

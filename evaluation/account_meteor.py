@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling.compressor_meteor import FlashGlobalFusion
-from ..modeling.selective_scan import SelectiveStateSpace
-from ..modeling.slice_layout import slice_grid_of
-from .flops import MethodAccount, VisionLayer
+from foveate.evaluation.flops import MethodAccount, VisionLayer
+from foveate.modeling.layers.selective_scan import SelectiveStateSpace
+from foveate.modeling.layers.slice_layout import slice_grid_of
+from foveate.modeling.methods.meteor_algorithm import FlashGlobalFusion
 
 
 def account(config: Any, stock: MethodAccount, image_size: tuple[int, int]) -> MethodAccount:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..modeling.compressor_qgvtc import token_schedule
-from .flops import MethodAccount, VisionLayer, num_patches, text_encoder_flops
+from foveate.evaluation.flops import MethodAccount, VisionLayer, num_patches, text_encoder_flops
+from foveate.modeling.methods.qgvtc_algorithm import token_schedule
 
 
 def account(config: Any, stock: MethodAccount, image_size: tuple[int, int]) -> MethodAccount:

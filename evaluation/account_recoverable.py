@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .flops import MethodAccount, VisionLayer, num_patches, text_encoder_flops
+from foveate.evaluation.flops import MethodAccount, VisionLayer, num_patches, text_encoder_flops
 
 
 def account(config: Any, stock: MethodAccount, image_size: tuple[int, int]) -> MethodAccount:

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import FoveateError
-from ..lab.large_scenes import draw_large_scene, draw_sliced_scene
-from ..lab.scenes import draw_scene, sample_scene
-from ..modeling.compatibility import cache_of, iterate_cache_tensors
-from ..modeling.compressed_model import TokenProvenance
-from ..modeling.precision import dtype_name
-from ..modeling.tile_layout import TileLayout
-from ..processing.image_tiles import TileGrid, tile_grid
-from .flops import kv_bytes_by_account
-from .harness import Checkpoint, open_checkpoint, require_writable, visual_tokens_kept
-from .picture import SeenImage, draw_compression, pixels_of_patches, seen_image, seen_slices
+from foveate.errors import FoveateError
+from foveate.evaluation.flops import kv_bytes_by_account
+from foveate.evaluation.harness import Checkpoint, open_checkpoint, require_writable, visual_tokens_kept
+from foveate.evaluation.picture import SeenImage, draw_compression, pixels_of_patches, seen_image, seen_slices
+from foveate.lab.large_scenes import draw_large_scene, draw_sliced_scene
+from foveate.lab.scenes import draw_scene, sample_scene
+from foveate.modeling.compatibility import cache_of, iterate_cache_tensors
+from foveate.modeling.core.base import TokenProvenance
+from foveate.modeling.core.precision import dtype_name
+from foveate.modeling.layers.tile_layout import TileLayout
+from foveate.modeling.layers.tiles import TileGrid, tile_grid
 
 
 LAB_PICTURES = {"lab": draw_scene, "lab-next": draw_large_scene, "lab-sliced": draw_sliced_scene}

@@ -20,10 +20,10 @@ from rich.table import Table
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModel
 
-from ..modeling.compatibility import clip_embeddings, clip_layers, run_clip_layer
-from ..modeling.compressor_recoverable import assign_tokens, text_similarity, visual_scores
-from ..modeling.precision import fast_dtype
-from .benchmarking import Shapes, command_parser, conditions, describe, parse, take_turns, timed
+from foveate.evaluation.benchmarking import Shapes, command_parser, conditions, describe, parse, take_turns, timed
+from foveate.modeling.compatibility import clip_embeddings, clip_layers, run_clip_layer
+from foveate.modeling.core.precision import fast_dtype
+from foveate.modeling.methods.recoverable_algorithm import assign_tokens, text_similarity, visual_scores
 
 
 VARIANTS = ("official", "paper")

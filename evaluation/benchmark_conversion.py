@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel, LlamaForCausalLM
 
-from ..conversion.checkpoints import VOCABULARY_FILES, read_shards
-from ..errors import FoveateError
-from ..lab import lab_folder
-from .shapes import config_of_shape
+from foveate.conversion.checkpoints import VOCABULARY_FILES, read_shards
+from foveate.errors import FoveateError
+from foveate.evaluation.shapes import config_of_shape
+from foveate.lab import lab_folder
 
 
 SHAPE, NUM_SHARDS = "llava-1.5-7b", 3

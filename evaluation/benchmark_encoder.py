@@ -27,14 +27,29 @@ from rich.table import Table
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModel
 
-from ..configuration.configuration_llava_qgvtc import LlavaQGVTCConfig
-from ..modeling.compatibility import clip_layers
-from ..modeling.modeling_qgvtc import QuestionProjector
-from ..modeling.precision import fast_dtype
-from ..modeling.vision_encoder_qgvtc import encode_images
-from .account_qgvtc import account
-from .benchmarking import Shapes, command_parser, conditions, describe, parse, spread, take_turns, timed
-from .flops import VisionLayer, default_image_size, encoder_ratio, uncompressed_account, vision_tower_flops
+from foveate.configuration.configuration_llava_qgvtc import LlavaQGVTCConfig
+from foveate.evaluation.account_qgvtc import account
+from foveate.evaluation.benchmarking import (
+    Shapes,
+    command_parser,
+    conditions,
+    describe,
+    parse,
+    spread,
+    take_turns,
+    timed,
+)
+from foveate.evaluation.flops import (
+    VisionLayer,
+    default_image_size,
+    encoder_ratio,
+    uncompressed_account,
+    vision_tower_flops,
+)
+from foveate.modeling.compatibility import clip_layers
+from foveate.modeling.core.precision import fast_dtype
+from foveate.modeling.methods.qgvtc import QuestionProjector
+from foveate.modeling.methods.qgvtc_encoder import encode_images
 
 
 TARGET = 0.08  # largest distance of the measured ratio, all layers in both, from R, as a share of R

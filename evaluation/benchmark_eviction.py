@@ -20,11 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3VLForConditionalGeneration
 
-from ..errors import FoveateError
-from ..modeling.compatibility import cache_argument, cache_of, iterate_cache_tensors
-from ..modeling.modeling_qwen3_vl_etc import Qwen3VLETCForConditionalGeneration
-from ..modeling.precision import fast_dtype
-from .benchmarking import (
+from foveate.errors import FoveateError
+from foveate.evaluation.benchmarking import (
     command_parser,
     conditions,
     describe,
@@ -35,8 +32,11 @@ from .benchmarking import (
     take_turns,
     timed,
 )
-from .flops import Account, account_of, prefill_flops
-from .shapes import config_of_shape
+from foveate.evaluation.flops import Account, account_of, prefill_flops
+from foveate.evaluation.shapes import config_of_shape
+from foveate.modeling.compatibility import cache_argument, cache_of, iterate_cache_tensors
+from foveate.modeling.core.precision import fast_dtype
+from foveate.modeling.modeling_qwen3_vl_etc import Qwen3VLETCForConditionalGeneration
 
 
 SHAPE = "qwen3-vl-2b"

@@ -20,14 +20,23 @@ from rich.table import Table
 from transformers import CLIPVisionModel, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from ..modeling.compatibility import replace_clip_embeddings
-from ..modeling.compressor_meteor import FlashGlobalFusion, native_scores, visual_scores
-from ..modeling.precision import fast_dtype
-from ..modeling.slice_layout import SliceLayout
-from ..modeling.token_choice import choose_tokens
-from ..modeling.vision_encoder_meteor import SliceEmbeddings, encode_views
-from ..processing.image_slices import SliceGrid
-from .benchmarking import Shapes, command_parser, conditions, describe, parse, spread, take_turns, timed
+from foveate.evaluation.benchmarking import (
+    Shapes,
+    command_parser,
+    conditions,
+    describe,
+    parse,
+    spread,
+    take_turns,
+    timed,
+)
+from foveate.modeling.compatibility import replace_clip_embeddings
+from foveate.modeling.core.precision import fast_dtype
+from foveate.modeling.layers.slice_layout import SliceLayout
+from foveate.modeling.layers.slices import SliceGrid
+from foveate.modeling.layers.token_choice import choose_tokens
+from foveate.modeling.methods.meteor_algorithm import FlashGlobalFusion, native_scores, visual_scores
+from foveate.modeling.methods.meteor_encoder import SliceEmbeddings, encode_views
 
 
 SIDES = (12, 24, 48)  # of one view, in patches

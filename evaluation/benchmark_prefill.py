@@ -19,13 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..configuration.configuration_llava_baseline import LlavaBaselineConfig
-from ..configuration.configuration_llava_metacompress import LlavaMetaCompressConfig
-from ..errors import FoveateError
-from ..modeling.modeling_llava_baseline import LlavaBaselineForConditionalGeneration
-from ..modeling.modeling_llava_metacompress import LlavaMetaCompressForConditionalGeneration
-from ..modeling.precision import fast_dtype
-from .benchmarking import (
+from foveate.configuration.configuration_llava_baseline import LlavaBaselineConfig
+from foveate.configuration.configuration_llava_metacompress import LlavaMetaCompressConfig
+from foveate.errors import FoveateError
+from foveate.evaluation.benchmarking import (
     command_parser,
     conditions,
     describe,
@@ -36,8 +33,11 @@ from .benchmarking import (
     take_turns,
     timed,
 )
-from .flops import DEFAULT_TEXT_TOKENS, account_of
-from .shapes import config_of_shape
+from foveate.evaluation.flops import DEFAULT_TEXT_TOKENS, account_of
+from foveate.evaluation.shapes import config_of_shape
+from foveate.modeling.core.precision import fast_dtype
+from foveate.modeling.modeling_llava_baseline import LlavaBaselineForConditionalGeneration
+from foveate.modeling.modeling_llava_metacompress import LlavaMetaCompressForConditionalGeneration
 
 
 SHAPE, KEEP_RATIO = "llava-1.5-7b", 0.1

@@ -22,8 +22,8 @@ from rich.progress import track
 from torch import nn
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
-from ..errors import FoveateError
-from ..modeling.precision import dtype_name
+from foveate.errors import FoveateError
+from foveate.modeling.core.precision import dtype_name
 
 
 _HEADROOM = 1.1  # activations and caches beside the weights

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..conversion.checkpoints import declared_dtype, read_shards
-from ..conversion.convert import convert
-from ..lab.scenes import ask_questions, draw_scene, sample_scene
-from ..modeling.precision import dtype_name, fast_dtype
-from .ask import ask, open_image
+from foveate.conversion.checkpoints import declared_dtype, read_shards
+from foveate.conversion.convert import convert
+from foveate.evaluation.ask import ask, open_image
+from foveate.lab.scenes import ask_questions, draw_scene, sample_scene
+from foveate.modeling.core.precision import dtype_name, fast_dtype
 
 
 #: Runs without foveate: only Transformers and the checkpoint's own code. Nothing is printed but the answers.

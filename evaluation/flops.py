@@ -37,14 +37,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from ..conversion.checkpoints import find_checkpoint, read_config
-from ..errors import FoveateError, first_sentence
-from ..modeling.compressor_qgvtc import token_schedule
-from ..modeling.slice_layout import slice_grid_of
-from ..processing.checked_processor import MAX_ASPECT_RATIO
-from ..processing.image_tiles import TileGrid, tile_grid
-from ..registry import backbones
-from .shapes import config_of_shape
+from foveate.conversion.checkpoints import find_checkpoint, read_config
+from foveate.errors import FoveateError, first_sentence
+from foveate.evaluation.shapes import config_of_shape
+from foveate.modeling.layers.slice_layout import slice_grid_of
+from foveate.modeling.layers.tiles import TileGrid, tile_grid
+from foveate.modeling.methods.qgvtc_algorithm import token_schedule
+from foveate.processing.base import MAX_ASPECT_RATIO
+from foveate.registry import backbones
 
 
 DEFAULT_TEXT_TOKENS = 60

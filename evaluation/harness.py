@@ -29,19 +29,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
-from ..conversion.checkpoints import content_hash, declared_dtype, fetch_weights, find_checkpoint, read_shards
-from ..errors import FoveateError, first_sentence
-from ..lab.large_scenes import draw_large_scene, draw_sliced_scene
-from ..lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sample_scene
-from ..modeling.compatibility import cache_of
-from ..modeling.compressed_model import CompressedModelMixin
-from ..modeling.logical_cache import LogicalCache
-from ..modeling.precision import dtype_name, fast_dtype
-from .examples import Example, Turn
-from .flops import count_without_compression, is_qwen
-from .metrics import METRICS, mean_of
-from .multi_turn import CachedTurns
-from .published_dialogues import GQA_QUESTIONS, VQA_QUESTIONS, PublishedDialogues, mt_gqa, mt_vqa_v2
+from foveate.conversion.checkpoints import content_hash, declared_dtype, fetch_weights, find_checkpoint, read_shards
+from foveate.errors import FoveateError, first_sentence
+from foveate.evaluation.examples import Example, Turn
+from foveate.evaluation.flops import count_without_compression, is_qwen
+from foveate.evaluation.metrics import METRICS, mean_of
+from foveate.evaluation.multi_turn import CachedTurns
+from foveate.evaluation.published_dialogues import GQA_QUESTIONS, VQA_QUESTIONS, PublishedDialogues, mt_gqa, mt_vqa_v2
+from foveate.lab.large_scenes import draw_large_scene, draw_sliced_scene
+from foveate.lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sample_scene
+from foveate.modeling.compatibility import cache_of
+from foveate.modeling.core.base import CompressedModelMixin
+from foveate.modeling.core.cache import LogicalCache
+from foveate.modeling.core.precision import dtype_name, fast_dtype
 
 
 DEFAULT_BATCH_SIZE = 32

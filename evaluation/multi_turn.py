@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..errors import FoveateError
-from ..modeling.compatibility import cache_argument, cache_of
+from foveate.errors import FoveateError
+from foveate.modeling.compatibility import cache_argument, cache_of
 
 
 class CachedTurns:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
-from ..modeling.compressed_model import TokenProvenance
-from ..processing.image_slices import SliceGrid
-from ..processing.image_tiles import TileGrid
+from foveate.modeling.core.base import TokenProvenance
+from foveate.modeling.layers.slices import SliceGrid
+from foveate.modeling.layers.tiles import TileGrid
 
 
 PANEL, SMALL_PANEL, MARGIN = 560, 336, 28  # pixels; of a panel, each view is at most this wide or high

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import FoveateError
-from .examples import Example, Turn
+from foveate.errors import FoveateError
+from foveate.evaluation.examples import Example, Turn
 
 
 NUM_TURNS = 3

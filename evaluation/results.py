@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .. import lab
-from ..errors import FoveateError
-from .harness import TASKS
-from .metrics import METRICS, wilson_interval
+from foveate import lab
+from foveate.errors import FoveateError
+from foveate.evaluation.harness import TASKS
+from foveate.evaluation.metrics import METRICS, wilson_interval
 
 
 LAB_FOLDER = Path(lab.__file__).parent

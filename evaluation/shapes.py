@@ -21,8 +21,8 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from ..errors import FoveateError
-from ..registry import METHODS, Backbone
+from foveate.errors import FoveateError
+from foveate.registry import METHODS, Backbone
 
 
 _VISION: dict[str, Any] = {

@@ -8,20 +8,20 @@ known to Transformers' Auto classes nevertheless (`registration.py`), so that a 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import FoveateError
-from .registration import register_models
-from .registry import METHODS, Backbone, Method, backbones
+from foveate.errors import FoveateError
+from foveate.registration import register_models
+from foveate.registry import METHODS, Backbone, Method, backbones
 
 
 if TYPE_CHECKING:  # what is imported when it is asked for
-    from .conversion.convert import convert
-    from .conversion.original_llava import import_original
-    from .evaluation.ask import ask
-    from .evaluation.harness import evaluate
-    from .lab import lab_folder, load_lab
-    from .modeling.compatibility import AutoModelForVision2Seq
-    from .modeling.precision import fast_dtype
-    from .training.train import train
+    from foveate.conversion.convert import convert
+    from foveate.conversion.original_llava import import_original
+    from foveate.evaluation.ask import ask
+    from foveate.evaluation.harness import evaluate
+    from foveate.lab import lab_folder, load_lab
+    from foveate.modeling.compatibility import AutoModelForVision2Seq
+    from foveate.modeling.core.precision import fast_dtype
+    from foveate.training.train import train
 
 
 __version__ = "0.2.0"
@@ -32,7 +32,7 @@ _MODULES = {
     "ask": "foveate.evaluation.ask",
     "convert": "foveate.conversion.convert",
     "evaluate": "foveate.evaluation.harness",
-    "fast_dtype": "foveate.modeling.precision",
+    "fast_dtype": "foveate.modeling.core.precision",
     "import_original": "foveate.conversion.original_llava",
     "lab_folder": "foveate.lab",
     "load_lab": "foveate.lab",

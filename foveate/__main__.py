@@ -1,6 +1,6 @@
 """`python -m foveate` is the `foveate` command."""
 
-from .cli import main
+from foveate.cli import main
 
 
 if __name__ == "__main__":

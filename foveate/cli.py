@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from .errors import FoveateError, first_sentence
-from .units import show_flops, show_size
+from foveate.errors import FoveateError, first_sentence
+from foveate.units import show_flops, show_size
 
 
 if TYPE_CHECKING:
-    from .evaluation.ask import Answer
-    from .evaluation.flops import FlopsReport
+    from foveate.evaluation.ask import Answer
+    from foveate.evaluation.flops import FlopsReport
 
 
 BAD_INPUT, UPGRADE_DUE, INTERRUPTED = 2, 3, 130
@@ -105,7 +105,7 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when ther
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from foveate import __version__
 
         typer.echo(f"foveate {__version__}")
         raise typer.Exit()
@@ -123,7 +123,7 @@ def _options(
 @app.command()
 def methods() -> None:
     """List the compression methods."""
-    from .registry import METHODS
+    from foveate.registry import METHODS
 
     table = _table()
     for method in METHODS.values():
@@ -146,7 +146,7 @@ def demo(
     FOLDER has the checkpoint afterwards, and the picture of what was kept.
     """
     _quiet()
-    from .evaluation.demo import run_demo
+    from foveate.evaluation.demo import run_demo
 
     run_demo(folder, picture, question)
 
@@ -194,7 +194,7 @@ def convert(
     if num_visual_tokens is not None:
         changes["num_visual_tokens"] = num_visual_tokens
     _quiet()
-    from .conversion.convert import convert as convert_checkpoint
+    from foveate.conversion.convert import convert as convert_checkpoint
 
     written = convert_checkpoint(
         base, out, method, text_encoder, changes, keep_ratio, layout=layout, link=link, progress=True
@@ -211,7 +211,7 @@ def merge(
 ) -> None:
     """Make a whole checkpoint of a small one and its base, with LoRA weights merged."""
     _quiet()
-    from .conversion.adapter_layout import merge as merge_checkpoint
+    from foveate.conversion.adapter_layout import merge as merge_checkpoint
 
     written = merge_checkpoint(checkpoint, out)
     typer.echo(f"Wrote {written} ({_size_of(written)}).")
@@ -238,7 +238,7 @@ def import_checkpoint(
     One of VoCo-LLaMA's becomes a checkpoint of the method etc at once.
     """
     _quiet()
-    from .conversion.original_llava import import_original
+    from foveate.conversion.original_llava import import_original
 
     written = import_original(original, out, vision_tower, num_visual_tokens)
     typer.echo(f"Wrote {written} ({_size_of(written)}).")
@@ -264,7 +264,7 @@ def ask(
 ) -> None:
     """Ask a question about an image, and see what compression saves."""
     _quiet()
-    from .evaluation.ask import ask as ask_checkpoint
+    from foveate.evaluation.ask import ask as ask_checkpoint
 
     answer = ask_checkpoint(checkpoint, image, question, compare, show, max_new_tokens, dtype, device)
     if as_json:
@@ -314,7 +314,7 @@ def evaluate(
     """Count a checkpoint's right answers and visual tokens on a task."""
     changes = parse_settings(settings)
     _quiet()
-    from .evaluation.harness import evaluate as evaluate_checkpoint
+    from foveate.evaluation.harness import evaluate as evaluate_checkpoint
 
     result = evaluate_checkpoint(
         checkpoint,
@@ -376,8 +376,8 @@ def flops(
         changes["layers"] = parse_layers(layers)
     size = parse_image_size(image_size) if image_size is not None else None
     _quiet()
-    from .evaluation.flops import encoder_ratio as ratio_of
-    from .evaluation.flops import flops as count
+    from foveate.evaluation.flops import encoder_ratio as ratio_of
+    from foveate.evaluation.flops import flops as count
 
     if encoder_ratio:
         if layers is None or num_visual_tokens is None or checkpoint or shape or method or settings or image_size:
@@ -451,7 +451,7 @@ def train(
     }
     changes = parse_settings(settings) | {key: value for key, value in options.items() if value is not None}
     _quiet()
-    from .training.train import train as train_checkpoint
+    from foveate.training.train import train as train_checkpoint
 
     written = train_checkpoint(
         method, checkpoint, out, stage, recipe, changes, resume=resume, merge=merge, keep_state=keep_state
@@ -476,8 +476,8 @@ def card(
 ) -> None:
     """Write a checkpoint's model card, with the evaluations that are named and no others."""
     _quiet()
-    from .conversion.checkpoints import find_checkpoint
-    from .hub_cards.card import CARD_FILE, write_card
+    from foveate.conversion.checkpoints import find_checkpoint
+    from foveate.hub_cards.card import CARD_FILE, write_card
 
     source = None if base is None else find_checkpoint(base)
     write_card(checkpoint.expanduser(), base, source, evaluation or ())
@@ -497,7 +497,7 @@ def verify(
     is that of another version (`foveate upgrade` is due), and else 1.
     """
     _quiet()
-    from .hub_cards.verify import verify as verify_folder
+    from foveate.hub_cards.verify import verify as verify_folder
 
     found = verify_folder(checkpoint, full)
     typer.echo(f"{checkpoint}: {found.verdict}")
@@ -533,7 +533,7 @@ def upgrade(
     Weights, settings and what was edited in the card stay as they are. A folder changes as a whole, or not at all.
     """
     _quiet()
-    from .conversion.upgrade import upgrade as upgrade_checkpoint
+    from foveate.conversion.upgrade import upgrade as upgrade_checkpoint
 
     done = upgrade_checkpoint(checkpoint, out, push=push, force=force)
     if not done.is_change:
@@ -563,7 +563,7 @@ def push(
 ) -> None:
     """Upload a checkpoint to the hub, in one commit, if there is nothing in it that shouldn't be there."""
     _quiet()
-    from .hub_cards.push import push as push_checkpoint
+    from foveate.hub_cards.push import push as push_checkpoint
 
     upload = push_checkpoint(checkpoint, repo_id, private, dry_run, force)
     table = _table()
@@ -697,7 +697,7 @@ def _flops_table(report: FlopsReport) -> Table:
 
 
 def _result_table(result: dict[str, Any]) -> Table:
-    from .evaluation.metrics import METRICS
+    from foveate.evaluation.metrics import METRICS
 
     metric = next(name for name in METRICS if name in result)
     table = _table("", METRICS[metric].title, "95 %", "n")

@@ -27,7 +27,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from .registry import Backbone, ClassReference, backbones
+from foveate.registry import Backbone, ClassReference, backbones
 
 
 class StandIn(type):
@@ -125,7 +125,7 @@ _REGISTER: dict[str, Callable[[ModuleType, Backbone], None]] = {
 #: Whose classes are in each of our modules.
 _BACKBONES = {reference.module: backbone for backbone in backbones() for reference in backbone.references.values()}
 
-_BASE_OF_MODELS = "foveate.modeling.compressed_model"
+_BASE_OF_MODELS = "foveate.modeling.core.base"
 _KEY_MAPPING = "transformers.conversion_mapping"  # ≥ 5.0
 
 
@@ -151,7 +151,7 @@ def _on_import(module: ModuleType) -> None:
 
 def _write_code(model_class: type, folder: str) -> None:
     """Writes the remote code beside a saved model."""
-    from .conversion.bundle import write_bundle
+    from foveate.conversion.bundle import write_bundle
 
     write_bundle(model_class, folder)
 

@@ -16,14 +16,14 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from ..configuration.tested_versions import TESTED_TRANSFORMERS
-from ..errors import FoveateError
-from ..modeling.adapter_layout import BASE_FIELDS
-from ..registry import METHODS, Method
-from ..training.recipe import earlier_stages
-from .compression_table import table_of
-from .evaluation_files import Evaluation, read_evaluations
-from .method_texts import LIMITS, ORIGINS, SUMMARIES
+from foveate.configuration.tested_versions import TESTED_TRANSFORMERS
+from foveate.errors import FoveateError
+from foveate.hub_cards.compression_table import table_of
+from foveate.hub_cards.evaluation_files import Evaluation, read_evaluations
+from foveate.hub_cards.method_texts import LIMITS, ORIGINS, SUMMARIES
+from foveate.modeling.core.loading import BASE_FIELDS
+from foveate.registry import METHODS, Method
+from foveate.training.recipe import earlier_stages
 
 
 CARD_FILE = "README.md"
@@ -73,7 +73,7 @@ def write_card(
     Raises:
         FoveateError: no compressed checkpoint, or a result file that is none or is another checkpoint's.
     """
-    from .manifest import note_card  # which imports this module
+    from foveate.hub_cards.manifest import note_card  # which imports this module
 
     card = render_card(read_facts(folder, base_name, source, evaluations))
     (folder / CARD_FILE).write_text(card, encoding="utf-8")

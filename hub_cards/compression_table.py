@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from ..errors import FoveateError
-from ..evaluation.flops import DEFAULT_TEXT_TOKENS, Account, account_of, default_image_size, is_qwen
-from ..registry import backbones
-from ..units import show_flops, show_size
+from foveate.errors import FoveateError
+from foveate.evaluation.flops import DEFAULT_TEXT_TOKENS, Account, account_of, default_image_size, is_qwen
+from foveate.registry import backbones
+from foveate.units import show_flops, show_size
 
 
 _QWEN_PIXELS = (256**2, 4096**2)  # of the published processors

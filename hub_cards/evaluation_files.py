@@ -11,9 +11,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..conversion.checkpoints import content_hash
-from ..errors import FoveateError
-from ..evaluation.metrics import METRICS
+from foveate.conversion.checkpoints import content_hash
+from foveate.errors import FoveateError
+from foveate.evaluation.metrics import METRICS
 
 
 @dataclass(frozen=True)

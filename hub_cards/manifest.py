@@ -22,10 +22,10 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from ..errors import FoveateError
-from ..training.recipe import RECIPE_FILE
-from .card import CARD_FILE, is_hub_id
-from .card_lines import line_digests
+from foveate.errors import FoveateError
+from foveate.hub_cards.card import CARD_FILE, is_hub_id
+from foveate.hub_cards.card_lines import line_digests
+from foveate.training.recipe import RECIPE_FILE
 
 
 MANIFEST_FILE = "foveate_manifest.json"
@@ -173,7 +173,7 @@ def is_newer(version: str) -> bool:
 
 
 def package_version() -> str:
-    from .. import __version__  # which the package has only when it is imported
+    from foveate import __version__  # which the package has only when it is imported
 
     return __version__
 

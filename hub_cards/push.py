@@ -16,11 +16,10 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from ..conversion.checkpoints import read_config, read_shards
-from ..errors import FoveateError, first_sentence
-from ..modeling.adapter_layout import BASE_FIELDS
-from .card import CARD_FILE, PLACE
-from .manifest import (
+from foveate.conversion.checkpoints import read_config, read_shards
+from foveate.errors import FoveateError, first_sentence
+from foveate.hub_cards.card import CARD_FILE, PLACE
+from foveate.hub_cards.manifest import (
     LEFT_OUT,
     MANIFEST_FILE,
     RECORDS,
@@ -32,7 +31,8 @@ from .manifest import (
     read_manifest,
     to_json,
 )
-from .verify import Verification, verify
+from foveate.hub_cards.verify import Verification, verify
+from foveate.modeling.core.loading import BASE_FIELDS
 
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")

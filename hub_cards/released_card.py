@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .card import CardFacts, render_template
+from foveate.hub_cards.card import CardFacts, render_template
 
 
 _FOLDER = Path(__file__).with_name("released")

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conversion.bundle import bundle_files
-from ..conversion.checkpoints import read_config
-from ..errors import FoveateError
-from ..registry import backbones
-from .manifest import WEIGHTS, differs, is_newer, listed_files, package_version, read_manifest
+from foveate.conversion.bundle import bundle_files
+from foveate.conversion.checkpoints import read_config
+from foveate.errors import FoveateError
+from foveate.hub_cards.manifest import WEIGHTS, differs, is_newer, listed_files, package_version, read_manifest
+from foveate.registry import backbones
 
 
 _WAY_OUT = "`foveate upgrade {}` brings it up to date."

@@ -17,7 +17,7 @@ def lab_folder(name: str) -> Path:
     "tiny-llava-qg-vtc-72", which is put together first). Raises `ValueError`."""
     folder = _WEIGHTS / name
     if (folder / "shard.json").exists():
-        from .shards import composed
+        from foveate.lab.shards import composed
 
         return composed(folder)
     if not (folder / "config.json").exists():

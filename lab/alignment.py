@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
-from ..modeling.compatibility import clip_embeddings, clip_layers, run_clip_layer
-from .scenes import GRID, IMAGE_SIZE, PATCH_SIZE, PLACES, ask_questions, draw_scenes, sample_scene
-from .tower import Tower, normalize, vision_config
-from .vocabulary import make_clip_tokenizer
+from foveate.lab.scenes import GRID, IMAGE_SIZE, PATCH_SIZE, PLACES, ask_questions, draw_scenes, sample_scene
+from foveate.lab.tower import Tower, normalize, vision_config
+from foveate.lab.vocabulary import make_clip_tokenizer
+from foveate.modeling.compatibility import clip_embeddings, clip_layers, run_clip_layer
 
 
 BATCH_SIZE = 96

@@ -19,10 +19,10 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from ..conversion.convert import convert
-from ..evaluation.harness import evaluate
-from ..registry import METHODS
-from .trainings import Training, trained_checkpoint, trained_shard
+from foveate.conversion.convert import convert
+from foveate.evaluation.harness import evaluate
+from foveate.lab.trainings import Training, trained_checkpoint, trained_shard
+from foveate.registry import METHODS
 
 
 RESULTS = Path(__file__).parent / "results"

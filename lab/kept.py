@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from ..evaluation.harness import open_checkpoint, write_json
-from .scenes import GRID, PLACES, QUESTION_TYPES, ask_questions, draw_scene, sample_scene
+from foveate.evaluation.harness import open_checkpoint, write_json
+from foveate.lab.scenes import GRID, PLACES, QUESTION_TYPES, ask_questions, draw_scene, sample_scene
 
 
 @torch.inference_mode()

@@ -19,10 +19,10 @@ from rich.progress import track
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .scenes import GRID, QUESTION_TYPES, ask_questions, describe, draw_scenes, sample_scene
-from .stages import fast_autocast
-from .tower import Tower
-from .vocabulary import make_language_tokenizer
+from foveate.lab.scenes import GRID, QUESTION_TYPES, ask_questions, describe, draw_scenes, sample_scene
+from foveate.lab.stages import fast_autocast
+from foveate.lab.tower import Tower
+from foveate.lab.vocabulary import make_language_tokenizer
 
 
 NUM_SCENES = {"train": 24_576, "validation": 512}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from .scenes import CELL_SIZE, GRID, IMAGE_SIZE, PLACES, Brush, Scene, background, draw_brush, paint
+from foveate.lab.scenes import CELL_SIZE, GRID, IMAGE_SIZE, PLACES, Brush, Scene, background, draw_brush, paint
 
 
 SHAPES_IN_TILES = ((2, 2), (2, 1), (1, 2), (3, 1), (1, 3))

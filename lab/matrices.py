@@ -16,11 +16,11 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from ..errors import FoveateError
-from ..evaluation.harness import open_checkpoint, write_json
-from ..training.distillation import collapse_loss, entropy_loss
-from .large_scenes import draw_large_scene
-from .scenes import GRID, IMAGE_SIZE, PATCH_SIZE, PLACES, Scene, draw_scene, sample_scene
+from foveate.errors import FoveateError
+from foveate.evaluation.harness import open_checkpoint, write_json
+from foveate.lab.large_scenes import draw_large_scene
+from foveate.lab.scenes import GRID, IMAGE_SIZE, PATCH_SIZE, PLACES, Scene, draw_scene, sample_scene
+from foveate.training.distillation import collapse_loss, entropy_loss
 
 
 SHOWN = (7, 8)  # test scenes in the picture

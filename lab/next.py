@@ -33,10 +33,10 @@ from transformers import (
     LlavaNextProcessor,
 )
 
-from . import lab_folder
-from .language import TYPE_SHARES, dialogue_tokens, language_tokenizer
-from .large_scenes import PINPOINTS, SHAPES_IN_TILES, canvas_of, draw_in_one_tile, draw_large_scene
-from .scenes import (
+from foveate.lab import lab_folder
+from foveate.lab.language import TYPE_SHARES, dialogue_tokens, language_tokenizer
+from foveate.lab.large_scenes import PINPOINTS, SHAPES_IN_TILES, canvas_of, draw_in_one_tile, draw_large_scene
+from foveate.lab.scenes import (
     GRID,
     IMAGE_SIZE,
     PATCH_SIZE,
@@ -48,11 +48,11 @@ from .scenes import (
     describe,
     sample_scene,
 )
-from .stages import Stage, fast_autocast, run_stage
-from .tower import normalize
-from .train import _publish
-from .validation import ask_validation, begin_account, write_account
-from .vocabulary import CHAT_TEMPLATE, save_tokenizer
+from foveate.lab.stages import Stage, fast_autocast, run_stage
+from foveate.lab.tower import normalize
+from foveate.lab.train import _publish
+from foveate.lab.validation import ask_validation, begin_account, write_account
+from foveate.lab.vocabulary import CHAT_TEMPLATE, save_tokenizer
 
 
 SEED, SCENE_SEED = 0, 3

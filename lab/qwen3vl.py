@@ -36,9 +36,9 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from . import lab_folder
-from .language import TYPE_SHARES, language_tokenizer
-from .scenes import (
+from foveate.lab import lab_folder
+from foveate.lab.language import TYPE_SHARES, language_tokenizer
+from foveate.lab.scenes import (
     IMAGE_SIZE,
     PATCH_SIZE,
     QUESTION_TYPES,
@@ -50,10 +50,10 @@ from .scenes import (
     draw_scenes,
     sample_scene,
 )
-from .stages import Stage, fast_autocast, run_stage
-from .tower import normalize
-from .validation import ask_validation, begin_account, write_account
-from .vocabulary import QWEN_SPECIAL_TOKENS, make_qwen_tokenizer, save_tokenizer
+from foveate.lab.stages import Stage, fast_autocast, run_stage
+from foveate.lab.tower import normalize
+from foveate.lab.validation import ask_validation, begin_account, write_account
+from foveate.lab.vocabulary import QWEN_SPECIAL_TOKENS, make_qwen_tokenizer, save_tokenizer
 
 
 SEED, SCENE_SEED = 0, 4

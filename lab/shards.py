@@ -29,9 +29,9 @@ def write_shard(trained: Path, shard: Path, base: str) -> Path:
         shard: the folder to write.
         base: what it was converted from, "lab:NAME".
     """
-    from ..conversion.safetensors_stream import write_safetensors
-    from ..conversion.stored_weights import open_weights
-    from ..training.recipe import earlier_stages
+    from foveate.conversion.safetensors_stream import write_safetensors
+    from foveate.conversion.stored_weights import open_weights
+    from foveate.training.recipe import earlier_stages
 
     modules = {module for stage in earlier_stages(trained).values() for module in stage["learning_rate"]}
     weights = open_weights(trained, trained)
@@ -71,8 +71,8 @@ def compose(shard: Path, out: Path) -> Path:
     """
     from transformers import AutoModelForImageTextToText
 
-    from ..conversion.convert import convert
-    from ..training.train import copy_small_files
+    from foveate.conversion.convert import convert
+    from foveate.training.train import copy_small_files
 
     content = json.loads((shard / SHARD_FILE).read_text(encoding="utf-8"))
     compression = dict(content["compression"])
@@ -93,8 +93,8 @@ def compose(shard: Path, out: Path) -> Path:
 
 
 def _with_adapter(model, shard: Path):
-    from ..errors import FoveateError
-    from ..training.train import merge_lora
+    from foveate.errors import FoveateError
+    from foveate.training.train import merge_lora
 
     try:
         from peft import PeftModel

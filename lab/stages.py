@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..modeling.precision import dtype_name, fast_dtype
-from ..training.muon import Muon
+from foveate.modeling.core.precision import dtype_name, fast_dtype
+from foveate.training.muon import Muon
 
 
 @dataclass

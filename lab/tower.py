@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .scenes import COLOURS, GRID, IMAGE_SIZE, NAMES, PATCH_SIZE, PLACES, draw_scenes, sample_scene
+from foveate.lab.scenes import COLOURS, GRID, IMAGE_SIZE, NAMES, PATCH_SIZE, PLACES, draw_scenes, sample_scene
 
 
 BATCH_SIZE = 64

@@ -17,13 +17,13 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from .alignment import Alignment, alignment_batch, clip_tokenizer
-from .language import Speaker, cache_features, language_batch, language_tokenizer, text_config
-from .scenes import IMAGE_SIZE, PATCH_SIZE
-from .stages import Stage, fast_autocast, run_stage
-from .tower import Tower, tower_batch, vision_config
-from .validation import begin_account, write_account
-from .vocabulary import CHAT_TEMPLATE, save_tokenizer
+from foveate.lab.alignment import Alignment, alignment_batch, clip_tokenizer
+from foveate.lab.language import Speaker, cache_features, language_batch, language_tokenizer, text_config
+from foveate.lab.scenes import IMAGE_SIZE, PATCH_SIZE
+from foveate.lab.stages import Stage, fast_autocast, run_stage
+from foveate.lab.tower import Tower, tower_batch, vision_config
+from foveate.lab.validation import begin_account, write_account
+from foveate.lab.vocabulary import CHAT_TEMPLATE, save_tokenizer
 
 
 SEED = 0

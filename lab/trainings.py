@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from ..conversion.convert import convert
-from ..training.train import train
-from .shards import compose, write_shard
+from foveate.conversion.convert import convert
+from foveate.lab.shards import compose, write_shard
+from foveate.training.train import train
 
 
 RECIPES = Path(__file__).with_name("recipes")

@@ -15,8 +15,8 @@ from PIL import Image
 from rich.progress import track
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..modeling.precision import dtype_name, fast_dtype
-from .scenes import QUESTION_TYPES, Scene, ask_questions, sample_scene
+from foveate.lab.scenes import QUESTION_TYPES, Scene, ask_questions, sample_scene
+from foveate.modeling.core.precision import dtype_name, fast_dtype
 
 
 @torch.inference_mode()

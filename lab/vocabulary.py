@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
 
-from .scenes import COLOURS, NAMES, PLACES, QUESTION_TYPES, ask_questions, sample_scene
+from foveate.lab.scenes import COLOURS, NAMES, PLACES, QUESTION_TYPES, ask_questions, sample_scene
 
 
 VOCABULARY_SIZE = 512

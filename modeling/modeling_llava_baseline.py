@@ -7,10 +7,10 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
-from ..configuration.configuration_llava_baseline import LlavaBaselineConfig
-from .compatibility import register_key_mapping
-from .modeling_baseline import BaselineModelMixin
-from .sequence_compression import LlavaSequenceMixin, SequenceGenerationMixin
+from foveate.configuration.configuration_llava_baseline import LlavaBaselineConfig
+from foveate.modeling.compatibility import register_key_mapping
+from foveate.modeling.core.sequence import LlavaSequenceMixin, SequenceGenerationMixin
+from foveate.modeling.methods.baselines import BaselineModelMixin
 
 
 class LlavaBaselineModel(BaselineModelMixin, LlavaSequenceMixin, LlavaModel):

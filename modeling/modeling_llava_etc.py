@@ -7,11 +7,11 @@ from torch import nn
 from transformers import Cache, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
-from ..configuration.configuration_llava_etc import LlavaETCConfig
-from .compatibility import register_key_mapping, stock_image_sequences, takes_cache
-from .compressed_image import CompressedImage
-from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast
-from .modeling_etc import EncodedImages, ETCGenerationMixin, ETCModelMixin
+from foveate.configuration.configuration_llava_etc import LlavaETCConfig
+from foveate.modeling.compatibility import register_key_mapping, stock_image_sequences, takes_cache
+from foveate.modeling.core.base import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast
+from foveate.modeling.core.compressed_image import CompressedImage
+from foveate.modeling.methods.etc import EncodedImages, ETCGenerationMixin, ETCModelMixin
 
 
 class LlavaETCModel(ETCModelMixin, LlavaModel):

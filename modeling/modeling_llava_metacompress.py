@@ -7,10 +7,10 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
-from ..configuration.configuration_llava_metacompress import LlavaMetaCompressConfig
-from .compatibility import register_key_mapping
-from .modeling_metacompress import MetaCompressModelMixin
-from .sequence_compression import LlavaSequenceMixin, SequenceGenerationMixin
+from foveate.configuration.configuration_llava_metacompress import LlavaMetaCompressConfig
+from foveate.modeling.compatibility import register_key_mapping
+from foveate.modeling.core.sequence import LlavaSequenceMixin, SequenceGenerationMixin
+from foveate.modeling.methods.metacompress import MetaCompressModelMixin
 
 
 class LlavaMetaCompressModel(MetaCompressModelMixin, LlavaSequenceMixin, LlavaModel):

@@ -8,15 +8,15 @@ from torch import nn
 from transformers import Cache, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
-from ..configuration.configuration_llava_meteor import LlavaMeteorConfig
-from .compatibility import cache_argument, register_key_mapping, replace_clip_embeddings, takes_cache
-from .compressed_image import CompressedImage
-from .compressed_model import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast, TokenProvenance
-from .compressor_meteor import FlashGlobalFusion, native_scores, visual_scores
-from .exact_count import CompressedImages, ExactCountGenerationMixin, PromptAgnosticModelMixin
-from .slice_layout import SliceLayout, slice_grid_of
-from .token_choice import choose_tokens, straight_through_gate
-from .vision_encoder_meteor import SliceEmbeddings, encode_views
+from foveate.configuration.configuration_llava_meteor import LlavaMeteorConfig
+from foveate.modeling.compatibility import cache_argument, register_key_mapping, replace_clip_embeddings, takes_cache
+from foveate.modeling.core.base import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast, TokenProvenance
+from foveate.modeling.core.compressed_image import CompressedImage
+from foveate.modeling.core.exact import CompressedImages, ExactCountGenerationMixin, PromptAgnosticModelMixin
+from foveate.modeling.layers.slice_layout import SliceLayout, slice_grid_of
+from foveate.modeling.layers.token_choice import choose_tokens, straight_through_gate
+from foveate.modeling.methods.meteor_algorithm import FlashGlobalFusion, native_scores, visual_scores
+from foveate.modeling.methods.meteor_encoder import SliceEmbeddings, encode_views
 
 
 ROLE_NAMES = ("discarded", "kept", "between slices")

@@ -7,10 +7,10 @@ from torch import nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import LlavaNextPreTrainedModel
 
-from ..configuration.configuration_llava_next_baseline import LlavaNextBaselineConfig
-from .compatibility import register_key_mapping
-from .modeling_baseline import BaselineModelMixin
-from .sequence_compression import LlavaNextSequenceMixin, SequenceGenerationMixin
+from foveate.configuration.configuration_llava_next_baseline import LlavaNextBaselineConfig
+from foveate.modeling.compatibility import register_key_mapping
+from foveate.modeling.core.sequence import LlavaNextSequenceMixin, SequenceGenerationMixin
+from foveate.modeling.methods.baselines import BaselineModelMixin
 
 
 class LlavaNextBaselineModel(BaselineModelMixin, LlavaNextSequenceMixin, LlavaNextModel):

@@ -7,10 +7,10 @@ from torch import nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import LlavaNextPreTrainedModel
 
-from ..configuration.configuration_llava_next_metacompress import LlavaNextMetaCompressConfig
-from .compatibility import register_key_mapping
-from .modeling_metacompress import MetaCompressModelMixin
-from .sequence_compression import LlavaNextSequenceMixin, SequenceGenerationMixin
+from foveate.configuration.configuration_llava_next_metacompress import LlavaNextMetaCompressConfig
+from foveate.modeling.compatibility import register_key_mapping
+from foveate.modeling.core.sequence import LlavaNextSequenceMixin, SequenceGenerationMixin
+from foveate.modeling.methods.metacompress import MetaCompressModelMixin
 
 
 class LlavaNextMetaCompressModel(MetaCompressModelMixin, LlavaNextSequenceMixin, LlavaNextModel):

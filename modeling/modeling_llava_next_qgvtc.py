@@ -12,12 +12,12 @@ from torch import nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import LlavaNextPreTrainedModel
 
-from ..configuration.configuration_llava_next_qgvtc import LlavaNextQGVTCConfig
-from .compatibility import register_key_mapping
-from .compressed_model import TokenProvenance
-from .exact_count import CompressedImages
-from .modeling_qgvtc import ROLE_NAMES, QGVTCGenerationMixin, QGVTCModelMixin
-from .tile_layout import TileLayout, tile_grid_of
+from foveate.configuration.configuration_llava_next_qgvtc import LlavaNextQGVTCConfig
+from foveate.modeling.compatibility import register_key_mapping
+from foveate.modeling.core.base import TokenProvenance
+from foveate.modeling.core.exact import CompressedImages
+from foveate.modeling.layers.tile_layout import TileLayout, tile_grid_of
+from foveate.modeling.methods.qgvtc import ROLE_NAMES, QGVTCGenerationMixin, QGVTCModelMixin
 
 
 class LlavaNextQGVTCModel(QGVTCModelMixin, LlavaNextModel):

@@ -7,11 +7,11 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
-from ..configuration.configuration_llava_qgvtc import LlavaQGVTCConfig
-from .compatibility import register_key_mapping
-from .compressed_model import TokenProvenance
-from .exact_count import CompressedImages
-from .modeling_qgvtc import ROLE_NAMES, QGVTCGenerationMixin, QGVTCModelMixin
+from foveate.configuration.configuration_llava_qgvtc import LlavaQGVTCConfig
+from foveate.modeling.compatibility import register_key_mapping
+from foveate.modeling.core.base import TokenProvenance
+from foveate.modeling.core.exact import CompressedImages
+from foveate.modeling.methods.qgvtc import ROLE_NAMES, QGVTCGenerationMixin, QGVTCModelMixin
 
 
 class LlavaQGVTCModel(QGVTCModelMixin, LlavaModel):

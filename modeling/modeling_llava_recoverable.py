@@ -16,8 +16,8 @@ from torch import nn
 from transformers import Cache, CLIPTextModelWithProjection, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
-from ..configuration.configuration_llava_recoverable import LlavaRecoverableConfig
-from .compatibility import (
+from foveate.configuration.configuration_llava_recoverable import LlavaRecoverableConfig
+from foveate.modeling.compatibility import (
     cache_argument,
     cache_positions,
     clip_embeddings,
@@ -30,7 +30,7 @@ from .compatibility import (
     takes_cache,
     without_cache_positions,
 )
-from .compressed_model import (
+from foveate.modeling.core.base import (
     CompressedCausalLMOutputWithPast,
     CompressedModelMixin,
     CompressedModelOutputWithPast,
@@ -38,10 +38,15 @@ from .compressed_model import (
     keep_logits,
     with_logits,
 )
-from .compressor_recoverable import TokenAssignment, assign_tokens, text_similarity, visual_scores
-from .image_inputs import ImageInputsMixin
-from .logical_model import LogicalGenerationMixin, LogicalModelMixin
-from .physical_sequence import PhysicalSequence, lay_out
+from foveate.modeling.core.deferred import LogicalGenerationMixin, LogicalModelMixin
+from foveate.modeling.core.image_inputs import ImageInputsMixin
+from foveate.modeling.core.physical_sequence import PhysicalSequence, lay_out
+from foveate.modeling.methods.recoverable_algorithm import (
+    TokenAssignment,
+    assign_tokens,
+    text_similarity,
+    visual_scores,
+)
 
 
 ROLE_NAMES = ("dropped", "kept by the visual filter", "recovered by the question", "merged")

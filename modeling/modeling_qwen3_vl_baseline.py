@@ -12,17 +12,17 @@ from torch import nn
 from transformers import Cache, Qwen3VLForConditionalGeneration, Qwen3VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel
 
-from ..configuration.configuration_qwen3_vl_baseline import Qwen3VLBaselineConfig
-from .compatibility import image_fields, without_cache_positions
-from .compressed_image import CompressedImage
-from .compressed_model import CompressedGenerationMixin, CompressedModelOutputWithPast
-from .exact_count import CompressedImages
-from .image_inputs import ImageInputsMixin, locate_images
-from .logical_model import LogicalGenerationMixin
-from .modeling_baseline import BaselineModelMixin
-from .placed_model import PlacedModelMixin
-from .position_ids import grid_positions
-from .qwen3_vl_backbone import Qwen3VLGenerationMixin, Qwen3VLModelMixin
+from foveate.configuration.configuration_qwen3_vl_baseline import Qwen3VLBaselineConfig
+from foveate.modeling.backbones.qwen_vl import Qwen3VLGenerationMixin, Qwen3VLModelMixin
+from foveate.modeling.compatibility import image_fields, without_cache_positions
+from foveate.modeling.core.base import CompressedGenerationMixin, CompressedModelOutputWithPast
+from foveate.modeling.core.compressed_image import CompressedImage
+from foveate.modeling.core.deferred import LogicalGenerationMixin
+from foveate.modeling.core.exact import CompressedImages
+from foveate.modeling.core.image_inputs import ImageInputsMixin, locate_images
+from foveate.modeling.core.placed import PlacedModelMixin
+from foveate.modeling.core.positions import grid_positions
+from foveate.modeling.methods.baselines import BaselineModelMixin
 
 
 class Qwen3VLBaselineModel(Qwen3VLModelMixin, BaselineModelMixin, PlacedModelMixin, Qwen3VLModel):

@@ -7,10 +7,10 @@ from torch import nn
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel
 
-from ..configuration.configuration_qwen3_vl_etc import Qwen3VLETCConfig
-from .compressor_etc import positions_on_grids
-from .modeling_etc import EncodedImages, ETCGenerationMixin, ETCModelMixin
-from .qwen3_vl_backbone import Qwen3VLGenerationMixin, Qwen3VLModelMixin
+from foveate.configuration.configuration_qwen3_vl_etc import Qwen3VLETCConfig
+from foveate.modeling.backbones.qwen_vl import Qwen3VLGenerationMixin, Qwen3VLModelMixin
+from foveate.modeling.methods.etc import EncodedImages, ETCGenerationMixin, ETCModelMixin
+from foveate.modeling.methods.etc_algorithm import positions_on_grids
 
 
 class Qwen3VLETCModel(Qwen3VLModelMixin, ETCModelMixin, Qwen3VLModel):

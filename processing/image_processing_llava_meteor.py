@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .image_slices import SliceGrid, slice_grid
+from foveate.modeling.layers.slices import SliceGrid, slice_grid
 
 
 class LlavaMeteorImageProcessor(BaseImageProcessor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .sequence_processor import LlavaSequenceProcessor
+from foveate.processing.sequence import LlavaSequenceProcessor
 
 
 class LlavaETCProcessor(LlavaSequenceProcessor):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import LlavaProcessor
 from transformers.processing_utils import MultiModalData
 
-from ..modeling.compatibility import AsksForPlaceholdersMixin
-from .compressed_image_processor import CompressedImageProcessorMixin
+from foveate.modeling.compatibility import AsksForPlaceholdersMixin
+from foveate.processing.compressed_images import CompressedImageProcessorMixin
 
 
 class LlavaMeteorProcessor(CompressedImageProcessorMixin, AsksForPlaceholdersMixin, LlavaProcessor):

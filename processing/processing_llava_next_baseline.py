@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .sequence_processor import LlavaNextSequenceProcessor
+from foveate.processing.sequence import LlavaNextSequenceProcessor
 
 
 class LlavaNextBaselineProcessor(LlavaNextSequenceProcessor):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import LlavaNextProcessor
 
-from .image_tiles import tile_grid
-from .question_processor import QuestionProcessorMixin
+from foveate.modeling.layers.tiles import tile_grid
+from foveate.processing.question import QuestionProcessorMixin
 
 
 class LlavaNextQGVTCProcessor(QuestionProcessorMixin, LlavaNextProcessor):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import LlavaProcessor
 
-from .placeholder_count import LlavaExactCountMixin
-from .question_processor import QuestionProcessorMixin
+from foveate.processing.placeholder_count import LlavaExactCountMixin
+from foveate.processing.question import QuestionProcessorMixin
 
 
 class LlavaQGVTCProcessor(QuestionProcessorMixin, LlavaExactCountMixin, LlavaProcessor):

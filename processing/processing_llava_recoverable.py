@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import LlavaProcessor
 
-from .question_processor import QuestionProcessorMixin
+from foveate.processing.question import QuestionProcessorMixin
 
 
 class LlavaRecoverableProcessor(QuestionProcessorMixin, LlavaProcessor):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..configuration.settings_sequence import SequenceSettings
-from .qwen3_vl_processor import Qwen3VLCountProcessor
+from foveate.configuration.sequence import SequenceSettings
+from foveate.processing.qwen_vl import Qwen3VLCountProcessor
 
 
 class Qwen3VLBaselineProcessor(Qwen3VLCountProcessor):

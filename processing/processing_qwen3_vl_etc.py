@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..configuration.settings_etc import ETCSettings
-from .qwen3_vl_processor import Qwen3VLCountProcessor
+from foveate.configuration.etc import ETCSettings
+from foveate.processing.qwen_vl import Qwen3VLCountProcessor
 
 
 class Qwen3VLETCProcessor(Qwen3VLCountProcessor):

@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from ..errors import FoveateError
-from ..lab.language import TYPE_SHARES
-from ..lab.large_scenes import draw_large_scene, draw_sliced_scene
-from ..lab.scenes import QUESTION_TYPES, Scene, ask_questions, describe, draw_scenes, sample_scene
-from .recipe import StageRecipe
+from foveate.errors import FoveateError
+from foveate.lab.language import TYPE_SHARES
+from foveate.lab.large_scenes import draw_large_scene, draw_sliced_scene
+from foveate.lab.scenes import QUESTION_TYPES, Scene, ask_questions, describe, draw_scenes, sample_scene
+from foveate.training.recipe import StageRecipe
 
 
 IMAGE_TOKEN = "<image>"  # in LLaVA's files, whatever a model's own placeholder is

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..modeling.compatibility import visual_tokens_of
-from ..modeling.image_inputs import locate_images
-from .recipe import DistillationRecipe
+from foveate.modeling.compatibility import visual_tokens_of
+from foveate.modeling.core.image_inputs import locate_images
+from foveate.training.recipe import DistillationRecipe
 
 
 class Distillation:

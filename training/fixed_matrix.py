@@ -18,16 +18,22 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from ..errors import FoveateError
-from ..evaluation.harness import open_checkpoint
-from ..evaluation.picture import draw_compression, seen_image
-from ..modeling.compressed_model import TokenProvenance
-from ..modeling.precision import dtype_name
-from ..modeling.sequence_compression import ROLE_NAMES, SequenceModelMixin
-from ..modeling.tile_layout import tile_grid_of
-from .data import Collator, Example, open_data
-from .distillation import answer_logits, entropy_loss, expand_placeholders, prediction_loss, uncompressed
-from .recipe import make_stage
+from foveate.errors import FoveateError
+from foveate.evaluation.harness import open_checkpoint
+from foveate.evaluation.picture import draw_compression, seen_image
+from foveate.modeling.core.base import TokenProvenance
+from foveate.modeling.core.precision import dtype_name
+from foveate.modeling.core.sequence import ROLE_NAMES, SequenceModelMixin
+from foveate.modeling.layers.tile_layout import tile_grid_of
+from foveate.training.data import Collator, Example, open_data
+from foveate.training.distillation import (
+    answer_logits,
+    entropy_loss,
+    expand_placeholders,
+    prediction_loss,
+    uncompressed,
+)
+from foveate.training.recipe import make_stage
 
 
 STEPS, LEARNING_RATE, STANDARD_DEVIATION = 500, 10.0, 0.1  # Section 8.1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling.precision import fast_dtype
+from foveate.modeling.core.precision import fast_dtype
 
 
 class Muon(torch.optim.Muon):

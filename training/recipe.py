@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import FoveateError
+from foveate.errors import FoveateError
 
 
 RECIPES = Path(__file__).with_name("recipes")

@@ -37,21 +37,30 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from ..conversion.adapter_layout import leave_base_out
-from ..conversion.atomic_folder import atomic_folder, require_free
-from ..conversion.checkpoints import fetch_weights, find_checkpoint, read_config, read_shards
-from ..errors import FoveateError, first_sentence
-from ..hub_cards.card import read_base_name, write_card
-from ..hub_cards.manifest import MANIFEST_FILE, write_manifest
-from ..modeling.adapter_layout import BASE_FIELDS
-from ..modeling.compatibility import CHECKPOINTING
-from ..modeling.precision import dtype_name, fast_dtype
-from ..registry import METHODS
-from .data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
-from .distillation import Distillation
-from .muon import MuonWithAdamW
-from .recipe import OPTIMIZERS, RECIPE_FILE, LoraRecipe, StageRecipe, earlier_stages, read_stage, show, write_recipe
-from .visual_distillation import AUXILIARY, VisualDistillation
+from foveate.conversion.adapter_layout import leave_base_out
+from foveate.conversion.atomic_folder import atomic_folder, require_free
+from foveate.conversion.checkpoints import fetch_weights, find_checkpoint, read_config, read_shards
+from foveate.errors import FoveateError, first_sentence
+from foveate.hub_cards.card import read_base_name, write_card
+from foveate.hub_cards.manifest import MANIFEST_FILE, write_manifest
+from foveate.modeling.compatibility import CHECKPOINTING
+from foveate.modeling.core.loading import BASE_FIELDS
+from foveate.modeling.core.precision import dtype_name, fast_dtype
+from foveate.registry import METHODS
+from foveate.training.data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
+from foveate.training.distillation import Distillation
+from foveate.training.muon import MuonWithAdamW
+from foveate.training.recipe import (
+    OPTIMIZERS,
+    RECIPE_FILE,
+    LoraRecipe,
+    StageRecipe,
+    earlier_stages,
+    read_stage,
+    show,
+    write_recipe,
+)
+from foveate.training.visual_distillation import AUXILIARY, VisualDistillation
 
 
 ADAPTER_FOLDER = "adapter"

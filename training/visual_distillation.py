@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import FoveateError
-from ..modeling.attention_rows import attention_over, watched_attention
-from ..modeling.compressor_etc import ImageColumns, locate_columns
-from .recipe import AuxiliaryRecipe
+from foveate.errors import FoveateError
+from foveate.modeling.layers.decoder_attention import attention_over, watched_attention
+from foveate.modeling.methods.etc_algorithm import ImageColumns, locate_columns
+from foveate.training.recipe import AuxiliaryRecipe
 
 
 #: What the decoder is called where it trains beside a model.

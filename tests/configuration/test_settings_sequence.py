@@ -2,11 +2,11 @@
 
 import pytest
 
+from foveate.configuration.baselines import BaselineSettings, RandomSettings, SampleSettings
 from foveate.configuration.configuration_llava_baseline import LlavaBaselineConfig
 from foveate.configuration.configuration_llava_metacompress import LlavaMetaCompressConfig
 from foveate.configuration.configuration_llava_next_metacompress import LlavaNextMetaCompressConfig
-from foveate.configuration.settings_baseline import BaselineSettings, RandomSettings, SampleSettings
-from foveate.configuration.settings_metacompress import MetaCompressSettings
+from foveate.configuration.metacompress import MetaCompressSettings
 
 
 def test_without_a_budget_a_tenth_is_kept():

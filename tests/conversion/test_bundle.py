@@ -22,38 +22,51 @@ _packages = itertools.count()
 #: What the search for network, file writing and foreign code finds in the bundles, and why it may be there: each is
 #: something that the user asks for by a call of that name, and none happens by loading or running a model.
 ALLOWED = {
-    ("compressed_image", "", "save_file"): "imported for the next",
-    ("compressed_image", "CompressedImage.save", "save_file"): "writes the one file that the user names",
-    ("compressed_model", "_unlink_shared_weights", "unlink"): "of `save_pretrained`: its folder's links, not what they "
-    "lead to, so that writing doesn't change the base's files",
-    ("checked_processor", "", "load_image"): "imported for the next",
-    ("checked_processor", "_readable", "load_image"): "Transformers' own, for an image that the user gives as an "
+    ("modeling_core_compressed_image", "", "save_file"): "imported for the next",
+    ("modeling_core_compressed_image", "CompressedImage.save", "save_file"): "writes the one file that the user names",
+    (
+        "modeling_core_base",
+        "_unlink_shared_weights",
+        "unlink",
+    ): "of `save_pretrained`: its folder's links, not what "
+    "they lead to, so that writing doesn't change the base's files",
+    ("processing_base", "", "load_image"): "imported for the next",
+    ("processing_base", "_readable", "load_image"): "Transformers' own, for an image that the user gives as an "
     "address; every processor of Transformers does the same",
-    ("question_processor", "QuestionProcessorMixin.save_pretrained", "save_pretrained"): "the second tokenizer, where "
+    ("processing_question", "QuestionProcessorMixin.save_pretrained", "save_pretrained"): "the second tokenizer, where "
     "the user saves the processor",
-    ("question_processor", "QuestionProcessorMixin._load_question_tokenizer", "from_pretrained"): "the second "
+    ("processing_question", "QuestionProcessorMixin._load_question_tokenizer", "from_pretrained"): "the second "
     "tokenizer, from where the user loads the processor",
-    ("compatibility", "", "transformers passed around"): "`getattr` of a class that 4.57 alone has, by its name",
-    ("adapter_layout", "", "cached_file"): "imported for the next",
-    ("adapter_layout", "_read_tensors", "cached_file"): "a base's weights, from where Transformers would load them, "
-    "where the user loads a checkpoint that names its base",
-    ("adapter_layout", "_read_tensors.find", "cached_file"): "the same",
-    ("adapter_layout", "read_generation_config", "from_pretrained"): "the base's, likewise",
-    ("compressed_model", "CompressedModelMixin.from_pretrained", "from_pretrained"): "of the class itself, where the "
+    (
+        "modeling_compatibility",
+        "",
+        "transformers passed around",
+    ): "`getattr` of a class that 4.57 alone has, by its name",
+    ("modeling_core_loading", "", "cached_file"): "imported for the next",
+    (
+        "modeling_core_loading",
+        "_read_tensors",
+        "cached_file",
+    ): "a base's weights, from where Transformers would load "
+    "them, where the user loads a checkpoint that names its base",
+    ("modeling_core_loading", "_read_tensors.find", "cached_file"): "the same",
+    ("modeling_core_loading", "read_generation_config", "from_pretrained"): "the base's, likewise",
+    ("modeling_core_base", "CompressedModelMixin.from_pretrained", "from_pretrained"): "of the class itself, where the "
     "user calls it",
 }
 
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    """Makes a package with rooms of the given files ("modeling/a.py": source) and returns its name."""
+    """Makes a package of the given files ("modeling/a.py": source, in which it is called `house`) and returns its
+    name."""
 
     def build(files: dict[str, str]) -> str:
         name = f"house{next(_packages)}"
         for path, source in files.items():
             file = tmp_path / "packages" / name / path
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(source, newline="")
+            file.write_text(source.replace("house.", f"{name}."), newline="")
         monkeypatch.syspath_prepend(tmp_path / "packages")
         return name
 
@@ -209,59 +222,62 @@ def test_what_a_bundle_may_do_is_not(source):
 def test_nothing_but_the_place_of_an_import_changes(house, flat):
     source = (
         '"""Ünïcode, and a line that\nfrom .elsewhere is not an import."""\r\n'
-        "from ..configuration.settings import (  # why\n    A,\n    B as C,\n)\n"
+        "from house.configuration.settings import (  # why\n    A,\n    B as C,\n)\n"
         "\tx = 1\n".replace("\t", "")
-        + "def late():\n    from .helper import help_out\n    return help_out, A, C\n"
-        "if x:\n    from ..processing.words import split"  # no newline at the end
+        + "def late():\n    from house.modeling.helper import help_out\n    return help_out, A, C\n"
+        "if x:\n    from house.processing.deep.words import split"  # no newline at the end
     )
     name = house(
         {
             "modeling/model.py": source,
             "modeling/helper.py": "def help_out(): ...\n",
             "configuration/settings.py": "A = B = 1\n",
-            "processing/words.py": "split = str.split\n",
+            "processing/deep/words.py": "split = str.split\n",
         }
     )
     files = write_bundle([f"{name}.modeling.model"], flat)
-    assert [file.name for file in files] == ["helper.py", "model.py", "settings.py", "words.py"]
-    expected = source.replace("..configuration.settings", ".settings").replace("..processing.words", ".words")
-    assert (flat / "model.py").read_bytes() == expected.encode()
+    names = ["configuration_settings", "modeling_helper", "modeling_model", "processing_deep_words"]
+    assert [file.stem for file in files] == names
+    expected = source
+    for place in ("configuration.settings", "modeling.helper", "processing.deep.words"):
+        expected = expected.replace(f"house.{place}", f".{place.replace('.', '_')}")
+    assert (flat / "modeling_model.py").read_bytes() == expected.encode()
 
 
 def test_an_entry_names_what_its_imports_import(house, flat):
     name = house(
         {
-            "modeling/model.py": "from .middle import x\n",
-            "modeling/middle.py": "from .deep import x\n",
+            "modeling/model.py": "from house.modeling.middle import x\n",
+            "modeling/middle.py": "from house.modeling.deep import x\n",
             "modeling/deep.py": "x = 1\n",
         }
     )
     write_bundle([f"{name}.modeling.model"], flat)
-    assert set(get_relative_imports(flat / "model.py")) == {"middle", "deep"}
-    assert (flat / "middle.py").read_text() == "from .deep import x\n"
-    compile((flat / "model.py").read_text(), "model.py", "exec")
+    assert set(get_relative_imports(flat / "modeling_model.py")) == {"modeling_middle", "modeling_deep"}
+    assert (flat / "modeling_middle.py").read_text() == "from .modeling_deep import x\n"
+    compile((flat / "modeling_model.py").read_text(), "modeling_model.py", "exec")
 
 
 def test_modules_that_import_each_other(house, flat):
-    name = house({"modeling/a.py": "from .b import x\n", "modeling/b.py": "def f():\n    from .a import y\n"})
+    files = {"modeling/a.py": "from house.modeling.b import x\n"}
+    name = house({**files, "modeling/b.py": "def f():\n    from house.modeling.a import y\n"})
     assert len(write_bundle([f"{name}.modeling.a"], flat)) == 2
 
 
 @pytest.mark.parametrize(
     ("source", "complaint"),
     [
-        ("from ..conversion.convert import convert", "only modules in .* rooms"),
-        ("def late():\n    from ..training.recipe import x", "only modules in .* rooms"),
-        ("from ..configuration import settings", "import from the module itself"),
-        ("from . import other", "import from the module itself"),
-        ("from .. import registry", "import from the module itself"),
-        ("from ...outside.of_all import x", "import from the module itself"),
-        ("from .nowhere import x", "no source file"),
-        ("x = 1; from .other import y", "on a line of its own"),
-        ("from .other import y; from .third import z", "on a line of its own"),
-        ("from \\\n  .other import y", "on a line of its own"),
-        ("import {package}.modeling.other", "imports .* by name"),
-        ("from {package}.modeling.other import y", "imports .* by name"),
+        ("from {package}.conversion.convert import convert", "only modules in .* folders"),
+        ("def late():\n    from {package}.training.recipe import x", "only modules in .* folders"),
+        ("from {package}.configuration import settings", "import from the module itself"),
+        ("from {package} import registry", "import from the module itself"),
+        ("from {package}.modeling.nowhere import x", "no source file"),
+        ("x = 1; from {package}.modeling.other import y", "on a line of its own"),
+        ("from {package}.modeling.other import y; from {package}.modeling.third import z", "on a line of its own"),
+        ("from \\\n  {package}.modeling.other import y", "on a line of its own"),
+        ("import {package}.modeling.other", "imports .* as a whole"),
+        ("from .other import y", "relative import"),
+        ("from . import other", "relative import"),
     ],
 )
 def test_an_import_that_a_bundle_cannot_have(source, complaint, house, flat):
@@ -276,11 +292,10 @@ def test_an_import_that_a_bundle_cannot_have(source, complaint, house, flat):
 
 
 def test_two_modules_of_one_flat_name(house, flat):
-    name = house({"modeling/model.py": "from ..processing.common import x\nfrom .common import y\n"})
-    for room in ("modeling", "processing"):
-        folder = Path(sys.path[0]) / name / room
-        folder.mkdir(exist_ok=True)
-        (folder / "common.py").write_text("x = y = 1\n")
+    source = "from house.modeling.deep_common import x\nfrom house.modeling.deep.common import y\n"
+    files = {f"modeling/{place}.py": "x = y = 1\n" for place in ("deep_common", "deep/common")}
+    # One is `modeling_deep_common` by its folders, the other by its name.
+    name = house({"modeling/model.py": source, **files})
     with pytest.raises(FoveateError, match="same file in a bundle"):
         write_bundle([f"{name}.modeling.model"], flat)
     assert not list(flat.iterdir())

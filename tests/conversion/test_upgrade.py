@@ -155,7 +155,7 @@ class TestWhatIsWritten:
     def test_code_that_no_longer_belongs_is_removed(self, old):
         (old / "once_ours.py").write_text("VALUE = 1\n")
         write_manifest(old, "base")
-        assert upgrade(old).removed == ("once_ours.py",)
+        assert "once_ours.py" in upgrade(old).removed
         assert not (old / "once_ours.py").exists() and verify(old).as_written
 
     def test_code_that_was_edited_is_replaced_and_named(self, old):

@@ -12,7 +12,7 @@ from foveate.evaluation.ask import ask, kv_bytes_by_account, open_image
 from foveate.evaluation.harness import evaluate, open_checkpoint
 from foveate.lab.large_scenes import draw_large_scene
 from foveate.lab.scenes import draw_scene, sample_scene
-from foveate.modeling.modeling_qgvtc import ROLE_NAMES
+from foveate.modeling.methods.qgvtc import ROLE_NAMES
 
 from ..conversion.tiny_checkpoints import write_clip, write_llava, write_llava_next
 

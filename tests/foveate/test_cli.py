@@ -24,7 +24,7 @@ from foveate.evaluation import ask as ask_module
 from foveate.evaluation import harness
 from foveate.evaluation.harness import open_checkpoint
 from foveate.lab.scenes import draw_scene, sample_scene
-from foveate.modeling.precision import dtype_name, fast_dtype
+from foveate.modeling.core.precision import dtype_name, fast_dtype
 
 from ..conversion.tiny_checkpoints import write_clip, write_llava
 

@@ -30,7 +30,7 @@ from foveate.lab.scenes import (
     draw_scenes,
     sample_scene,
 )
-from foveate.processing.image_slices import slice_grid
+from foveate.modeling.layers.slices import slice_grid
 
 
 def test_no_handwritten_digit_is_in_two_splits():

@@ -19,7 +19,7 @@ from transformers import (
 
 from foveate import convert, evaluate, lab_folder, load_lab
 from foveate.lab.scenes import QUESTION_TYPES, ask_questions, draw_scene, sample_scene
-from foveate.modeling.compressor_recoverable import assign_tokens
+from foveate.modeling.methods.recoverable_algorithm import assign_tokens
 
 from ..modeling import reference_recoverable as reference
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from foveate.modeling.compressor_baselines import (
+from foveate.modeling.methods.baselines_algorithm import (
     image_keys,
     pool_stretches,
     random_positions,

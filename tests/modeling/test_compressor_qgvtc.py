@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from foveate.configuration.settings_qgvtc import QGVTCSettings
+from foveate.configuration.qgvtc import QGVTCSettings
 from foveate.modeling.compatibility import clip_embeddings, clip_layers
-from foveate.modeling.compressor_qgvtc import token_schedule
-from foveate.modeling.token_choice import choose_tokens, straight_through_gate
-from foveate.modeling.vision_encoder_qgvtc import encode_images
+from foveate.modeling.layers.token_choice import choose_tokens, straight_through_gate
+from foveate.modeling.methods.qgvtc_algorithm import token_schedule
+from foveate.modeling.methods.qgvtc_encoder import encode_images
 
 from .reference_qgvtc import encode as reference
 
@@ -116,7 +116,7 @@ def test_attention_weights_are_made_at_compressing_layers_only_for_the_kept_rows
     tower, images, text_class, recycle, monkeypatch
 ):
     made = []
-    import foveate.modeling.vision_encoder_qgvtc as encoder
+    import foveate.modeling.methods.qgvtc_encoder as encoder
 
     original = encoder.attention_rows
     monkeypatch.setattr(encoder, "attention_rows", lambda q, k: made.append((q.shape[2], k.shape[2])) or original(q, k))

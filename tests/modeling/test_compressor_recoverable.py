@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from foveate.modeling.compressor_recoverable import assign_tokens, local_outlier_factor, text_similarity, visual_scores
+from foveate.modeling.methods.recoverable_algorithm import (
+    assign_tokens,
+    local_outlier_factor,
+    text_similarity,
+    visual_scores,
+)
 
 from . import reference_recoverable as reference
 

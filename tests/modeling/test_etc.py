@@ -16,8 +16,8 @@ from foveate.modeling.compatibility import (
     cache_of,
     iterate_cache_tensors,
 )
-from foveate.modeling.compressor_etc import bottleneck_mask, locate_columns, plan_passes, positions_on_grids
-from foveate.modeling.position_ids import line_positions
+from foveate.modeling.core.positions import line_positions
+from foveate.modeling.methods.etc_algorithm import bottleneck_mask, locate_columns, plan_passes, positions_on_grids
 
 from ..contract.conftest import ROWS, Row, picture, prompt_for
 from ..conversion.tiny_checkpoints import write_llava, write_qwen3_vl

@@ -7,8 +7,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate import convert
 from foveate.modeling.compatibility import visual_tokens_of
-from foveate.modeling.tile_layout import tile_grid_of
-from foveate.processing.image_tiles import tile_grid
+from foveate.modeling.layers.tile_layout import tile_grid_of
+from foveate.modeling.layers.tiles import tile_grid
 
 from ..conversion.tiny_checkpoints import write_clip, write_llava_next
 

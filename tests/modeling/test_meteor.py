@@ -13,10 +13,10 @@ from foveate import convert
 from foveate.errors import FoveateError
 from foveate.modeling import modeling_llava_meteor
 from foveate.modeling.compatibility import visual_tokens_of
-from foveate.modeling.compressor_meteor import FlashGlobalFusion, local_means, native_scores
-from foveate.modeling.slice_layout import SliceLayout, slice_grid_of
-from foveate.modeling.vision_encoder_meteor import encode_views
-from foveate.processing.image_slices import SliceGrid
+from foveate.modeling.layers.slice_layout import SliceLayout, slice_grid_of
+from foveate.modeling.layers.slices import SliceGrid
+from foveate.modeling.methods.meteor_algorithm import FlashGlobalFusion, local_means, native_scores
+from foveate.modeling.methods.meteor_encoder import encode_views
 
 from ..contract.conftest import picture
 from ..conversion.tiny_checkpoints import IMAGE_TOKEN_ID, write_llava
@@ -314,7 +314,7 @@ def test_only_kept_tokens_are_projected(made, model):
 
 def test_no_attention_matrix_is_kept(made, model, monkeypatch):
     """One row of it is computed, at one layer."""
-    import foveate.modeling.vision_encoder_meteor as encoder
+    import foveate.modeling.methods.meteor_encoder as encoder
 
     rows, original = [], encoder.class_correlation
     monkeypatch.setattr(

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from foveate.modeling.precision import dtype_name, fast_dtype
+from foveate.modeling.core.precision import dtype_name, fast_dtype
 
 
 HERE = fast_dtype("cpu")  # in the environment that the tests were started in
@@ -151,7 +151,7 @@ def test_other_accelerators_take_bfloat16_and_keep_float16(device):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the limit is one of x86's")
 def test_pytorch_itself_has_no_fast_bfloat16_under_the_limit():
     """Which is what the demo and the benchmarks are run under to see what they do on a processor without it."""
-    code = "from torch import ops; from foveate.modeling.precision import *; "
+    code = "from torch import ops; from foveate.modeling.core.precision import *; "
     code += "print(fast_dtype('cpu'), ops.mkldnn._is_mkldnn_bf16_supported())"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)

@@ -3,7 +3,7 @@
 import pytest
 from transformers import BitsAndBytesConfig
 
-from foveate.modeling.compressed_model import CompressedModelMixin, _leaving_out
+from foveate.modeling.core.base import CompressedModelMixin, _leaving_out
 
 
 MODULES = ["model.vision_tower", "lm_head"]

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from foveate.modeling.selective_scan import SelectiveStateSpace, choose_num_chunks, selective_scan
+from foveate.modeling.layers.selective_scan import SelectiveStateSpace, choose_num_chunks, selective_scan
 
 
 BATCH, WIDTH, STATE = 2, 6, 4

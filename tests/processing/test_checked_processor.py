@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from foveate.processing import checked_processor
-from foveate.processing.checked_processor import MAX_ASPECT_RATIO, _readable
+from foveate.processing.base import MAX_ASPECT_RATIO, _readable
 
 
 def noise(mode="RGB", size=(40, 30)):

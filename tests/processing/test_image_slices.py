@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveate.processing.checked_processor import MAX_ASPECT_RATIO
+from foveate.modeling.layers.slices import most_patches, slice_grid
+from foveate.processing.base import MAX_ASPECT_RATIO
 from foveate.processing.image_processing_llava_meteor import LlavaMeteorImageProcessor
-from foveate.processing.image_slices import most_patches, slice_grid
 
 
 def grid_of(height: int, width: int, view_size: int = 336, max_slices: int = 6):

@@ -69,7 +69,7 @@ def test_an_empty_question_leaves_the_guidance_to_the_image_and_says_so_once(pro
     from transformers.utils import logging
 
     logging.enable_propagation()
-    logging.get_logger("foveate.processing.question_processor").warning_once.__func__.cache_clear()
+    logging.get_logger("foveate.processing.question").warning_once.__func__.cache_clear()
     prompts = ["USER: <image> ASSISTANT:", "USER: <image> colour ASSISTANT:"]
     for _ in range(2):
         _, mask = questions_of(processors[name], prompts, [picture(0), picture(1)])
@@ -87,7 +87,7 @@ def test_a_question_of_300_words_is_cut_for_guidance_alone_and_said_once(process
 
     logging.enable_propagation()
     for name, processor in processors.items():
-        logging.get_logger("foveate.processing.question_processor").warning_once.__func__.cache_clear()
+        logging.get_logger("foveate.processing.question").warning_once.__func__.cache_clear()
         caplog.clear()
         prompt = "USER: <image> " + "colour " * 300 + "ASSISTANT:"
         for _ in range(2):

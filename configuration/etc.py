@@ -1,0 +1,47 @@
+"""The `compression` block of ETC."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from foveate.configuration.compression import CompressionSettings, require_positive_int
+
+
+@dataclass
+class ETCSettings(CompressionSettings):
+    """Settings of ETC.
+
+    Args:
+        num_visual_tokens: M, the compressed tokens that an image leaves in the cache; 1 if `None`.
+        trained_tokens: compressed tokens that the checkpoint has; `num_visual_tokens` can go up to it.
+    """
+
+    method: ClassVar[str] = "etc"
+    shape_fields: ClassVar[tuple[str, ...]] = ("trained_tokens",)
+
+    trained_tokens: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive_int("trained_tokens", self.trained_tokens, optional=True)
+
+    @classmethod
+    def budget_of_ratio(cls, keep_ratio: float, config: Any) -> dict[str, Any]:
+        if config.num_patches is None:
+            raise ValueError("keep_ratio means nothing where an image's size is its own: set num_visual_tokens.")
+        return super().budget_of_ratio(keep_ratio, config)
+
+    def count_placeholders(self, length: int) -> int:
+        return length + self.count_tokens(length)  # read first, then freed
+
+    def fitted_to(self, config: Any) -> ETCSettings:
+        number = self.num_visual_tokens or 1
+        trained = self.trained_tokens or number
+        if number > trained:
+            raise ValueError(
+                f"num_visual_tokens is {number}, but this checkpoint has {trained} compressed token(s): choose at most "
+                f"{trained}, or convert the base again with more and train them."
+            )
+        return dataclasses.replace(self, num_visual_tokens=number, trained_tokens=trained)

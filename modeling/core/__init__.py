@@ -1,0 +1,1 @@
+"""What every compressed model is made of, whatever its method and backbone."""
