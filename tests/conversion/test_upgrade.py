@@ -354,7 +354,7 @@ class TestWhereItLies:
         saved = tmp_path / "saved"
         AutoModelForImageTextToText.from_pretrained(old).save_pretrained(saved)
         AutoProcessor.from_pretrained(old).save_pretrained(saved)
-        with (saved / "settings_sequence.py").open("a") as file:
+        with (saved / "configuration_sequence.py").open("a") as file:
             file.write("\nfrom .once_ours import VALUE\n")
         (saved / "once_ours.py").write_text("VALUE = 1\n")
         assert "`foveate upgrade" in verify(saved).verdict

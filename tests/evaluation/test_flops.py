@@ -35,7 +35,7 @@ from foveate.evaluation.flops import (
     prefill_flops,
 )
 from foveate.evaluation.shapes import SHAPES, config_of_shape
-from foveate.modeling import selective_scan
+from foveate.modeling.layers import selective_scan
 from foveate.registry import Backbone
 
 from ..contract.conftest import prompt_for

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate import convert
-from foveate.modeling import modeling_etc
 from foveate.modeling.compatibility import (
     CACHE,
     cache_argument,
@@ -17,6 +16,7 @@ from foveate.modeling.compatibility import (
     iterate_cache_tensors,
 )
 from foveate.modeling.core.positions import line_positions
+from foveate.modeling.methods import etc as modeling_etc
 from foveate.modeling.methods.etc_algorithm import bottleneck_mask, locate_columns, plan_passes, positions_on_grids
 
 from ..contract.conftest import ROWS, Row, picture, prompt_for

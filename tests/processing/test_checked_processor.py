@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveate.processing import checked_processor
+from foveate.processing import base as checked_processor
 from foveate.processing.base import MAX_ASPECT_RATIO, _readable
 
 
