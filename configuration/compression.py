@@ -20,6 +20,9 @@ warn_if_untested()
 
 Settings = TypeVar("Settings", bound="CompressionSettings")
 
+#: Of the sides of an image that processors take: narrower ones have nothing left to see after resizing.
+MAX_ASPECT_RATIO = 100
+
 
 @dataclass
 class CompressionSettings:
@@ -33,6 +36,13 @@ class CompressionSettings:
 
     #: Fields that are the shape of weights, which a loaded model can't change.
     shape_fields: ClassVar[tuple[str, ...]] = ()
+
+    #: Of a method that a question guides, which one, and whether there has to be one: see `QuestionProcessorMixin`.
+    guiding_turn: ClassVar[str] = "own"
+    requires_question: ClassVar[bool] = True
+
+    #: Whether an image can be compressed once, to be asked about often ([`CompressedImage`]).
+    keeps_images: ClassVar[bool] = False
 
     num_visual_tokens: int | None = None
 
@@ -68,32 +78,64 @@ class CompressionSettings:
         return {**before, **changes}
 
     @classmethod
-    def budget_of_ratio(cls, keep_ratio: float, config: Any) -> dict[str, Any]:
+    def settings_for_ratio(cls, keep_ratio: float, config: Any) -> dict[str, Any]:
         """The settings that keep this share of an image's tokens, in (0, 1]."""
         return {"num_visual_tokens": max(1, round(keep_ratio * config.num_patches))}
 
     @classmethod
-    def of_tokenizer(cls, tokenizer: Any, given: Collection[str]) -> dict[str, Any]:
+    def settings_from_tokenizer(cls, tokenizer: Any, given: Collection[str]) -> dict[str, Any]:
         """The settings that follow from the language model's tokenizer, but for those that the user has given."""
         return {}
 
+    @property
+    def budget(self) -> tuple[int | None, float | None]:
+        """What a processor has to know of them: `num_visual_tokens`, and `keep_ratio` where the method has it."""
+        return self.num_visual_tokens, getattr(self, "keep_ratio", None)
+
+    @classmethod
+    def with_budget(cls: type[Settings], num_visual_tokens: int | None, keep_ratio: float | None) -> Settings:
+        """The other way round: settings with that budget; without either, such that nothing is compressed."""
+        return cls(num_visual_tokens=num_visual_tokens)
+
     def count_tokens(self, length: int) -> int:
-        """Tokens of an image that has `length` of them without compression, where that is known beforehand."""
+        """Visual tokens that are left of `length`, in each crop of an image."""
         return length if self.num_visual_tokens is None else self.num_visual_tokens
 
-    def count_placeholders(self, length: int) -> int:
-        """Columns that such an image takes in a prompt."""
-        return self.count_tokens(length)
+    def count_placeholders(self, *lengths: int, num_separators: int = 0) -> int:
+        """Columns that an image takes in a prompt.
 
-    def fitted_to(self: Settings, config: Any) -> Settings:
+        Args:
+            lengths: visual tokens of each of its crops without compression (of the image, where it is not cut).
+            num_separators: tokens that stand between them.
+        """
+        budget = self.num_visual_tokens
+        return sum(length if budget is None else min(budget, length) for length in lengths) + num_separators
+
+    def largest_budget(self, config: Any) -> int | None:
+        """What `num_visual_tokens` can be at most; `None`: an image's size is its own, and another may have more."""
+        return config.num_patches
+
+    def resolve(self: Settings, config: Any) -> Settings:
         """These settings with what is `None` filled in where the model's config says it. Raises `ValueError` for what
         the model can't do."""
-        if self.num_visual_tokens is not None and self.num_visual_tokens > config.num_patches:
+        largest = self.largest_budget(config)
+        if None not in (self.num_visual_tokens, largest) and self.num_visual_tokens > largest:  # type: ignore[operator]
             raise ValueError(
-                f"num_visual_tokens is {self.num_visual_tokens}, but an image has only {config.num_patches} patches: "
-                f"choose at most {config.num_patches}."
+                f"num_visual_tokens is {self.num_visual_tokens}, but no image, or crop of one, has more than {largest} "
+                f"patches: choose at most {largest}."
             )
         return self
+
+
+def require_patches_of_one_layer(method: str, config: Any) -> None:
+    """Raises `ValueError` where a model's features are not the patches, without the class token, of one vision
+    layer."""
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    if not isinstance(layer, int) or strategy != "default":
+        raise ValueError(
+            f"The method '{method}' needs one vision_feature_layer and vision_feature_select_strategy 'default' "
+            f"(patches without the class token), not {layer!r} and {strategy!r}."
+        )
 
 
 def require_positive_int(name: str, value: Any, optional: bool = False) -> None:
@@ -125,32 +167,70 @@ def require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
 class CompressionConfigMixin:
     """What the config of every compressed model shares; mixed into a Transformers config class.
 
-    The class names follow from the config's: `LlavaRecoverableConfig` goes with `LlavaRecoverableModel`,
-    `LlavaRecoverableForConditionalGeneration` and `LlavaRecoverableProcessor`, in the modules of the same ending.
+    A config class of a method on a backbone says its `model_type` and its `settings_class`, and defines no method. Its
+    name is the beginning of the others': `LlavaQGVTCConfig` goes with `LlavaQGVTCModel`,
+    `LlavaQGVTCForConditionalGeneration` and `LlavaQGVTCProcessor`, in files that its `model_type` ends.
+
+    Args:
+        compression: the fields of `settings_class`.
+        question_config: configuration of the CLIP text tower, of a method that reads the question.
     """
 
     settings_class: ClassVar[type[CompressionSettings]]
     compression: CompressionSettings
+
+    #: Whether a CLIP text tower reads the question.
+    reads_question: ClassVar[bool] = False
+
+    #: Of a method that prepares images in its own way: its image processor, as "file.class" of the remote code.
+    image_processor: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs):
+        if "__init__" not in vars(cls):  # ≥ 5.4 writes one for a config class that has none, from the class's fields
+            cls.__init__ = CompressionConfigMixin.__init__  # type: ignore[method-assign]
+        if cls.reads_question:
+            cls.sub_configs = {**cls.sub_configs, "question_config": CLIPTextConfig}  # type: ignore[attr-defined]
+        super().__init_subclass__(**kwargs)
+
+    def __init__(
+        self,
+        compression: CompressionSettings | dict[str, Any] | None = None,
+        question_config: CLIPTextConfig | dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        self.compression = self.settings_class.from_dict(compression)
+        if self.reads_question:  # before the base's `__init__`, which may read it
+            if not isinstance(question_config, CLIPTextConfig):
+                question_config = CLIPTextConfig(**(question_config or {}))
+            self.question_config = question_config
+        elif question_config is not None:
+            raise ValueError(f"The method '{self.compression.method}' reads no question: leave question_config out.")
+        kwargs["auto_map"] = self.remote_code_map()
+        super().__init__(**kwargs)
+        self.compression = self.compression.resolve(self)
 
     @classmethod
     def remote_code_map(cls) -> dict[str, str]:
         """The `auto_map` of a checkpoint: which class of the bundled code serves which Auto class."""
         stem, module = cls.__name__.removesuffix("Config"), cls.model_type  # type: ignore[attr-defined]
         generation = f"modeling_{module}.{stem}ForConditionalGeneration"
-        return {
+        references = {
             "AutoConfig": f"configuration_{module}.{cls.__name__}",
             "AutoProcessor": f"processing_{module}.{stem}Processor",
             "AutoModel": f"modeling_{module}.{stem}Model",
             "AutoModelForImageTextToText": generation,
             "AutoModelForVision2Seq": generation,
         }
+        if cls.image_processor is not None:
+            references["AutoImageProcessor"] = cls.image_processor
+        return references
 
     @property
     def num_patches(self) -> int | None:
         """Patches of one image, which is also the number of visual tokens without compression; `None` where each image
         has its own."""
         vision = self.vision_config  # type: ignore[attr-defined]
-        if not hasattr(vision, "image_size"):
+        if not hasattr(vision, "image_size") or self.image_processor is not None:
             return None
         return (vision.image_size // vision.patch_size) ** 2
 
@@ -164,17 +244,17 @@ class CompressionConfigMixin:
         Raises:
             ValueError: an unknown setting or a value out of range; nothing is changed then.
         """
+        settings_class = type(self.compression)
         if keep_ratio is not None:
             require_ratio("keep_ratio", keep_ratio)
-            changes = {**self.settings_class.budget_of_ratio(keep_ratio, self), **changes}
+            changes = {**settings_class.settings_for_ratio(keep_ratio, self), **changes}
         before = self.compression.to_dict()
-        for name in self.settings_class.shape_fields:
+        for name in settings_class.shape_fields:
             if changes.get(name, before[name]) != before[name]:
                 raise ValueError(
                     f"{name} is {before[name]} in this model's weights: for {changes[name]!r} convert the base again."
                 )
-        settings = self.settings_class.from_dict(type(self.compression).merge(before, changes))
-        self.compression = settings.fitted_to(self)
+        self.compression = settings_class.from_dict(settings_class.merge(before, changes)).resolve(self)
         return self.compression
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,29 +262,3 @@ class CompressionConfigMixin:
         if isinstance(output.get("compression"), CompressionSettings):
             output["compression"] = output["compression"].to_dict()
         return output
-
-
-class QuestionGuidedConfigMixin(CompressionConfigMixin):
-    """A config whose model reads the question with a CLIP text tower, and compresses what one vision layer gives.
-
-    Its class calls `_set_method_fields` before the Transformers class's `__init__`, which may already read them, and
-    `_check_method_fields` after it.
-    """
-
-    question_config: CLIPTextConfig
-
-    def _set_method_fields(self, question_config: Any, compression: Any) -> None:
-        if not isinstance(question_config, CLIPTextConfig):
-            question_config = CLIPTextConfig(**(question_config or {}))
-        self.question_config = question_config
-        self.compression = self.settings_class.from_dict(compression)
-
-    def _check_method_fields(self) -> None:
-        layer, strategy = self.vision_feature_layer, self.vision_feature_select_strategy  # type: ignore[attr-defined]
-        if not isinstance(layer, int) or strategy != "default":
-            raise ValueError(
-                f"The method '{self.settings_class.method}' needs one vision_feature_layer and "
-                f"vision_feature_select_strategy 'default' (patches without the class token), not {layer!r} and "
-                f"{strategy!r}."
-            )
-        self.compression = self.compression.fitted_to(self)

@@ -20,6 +20,7 @@ class ETCSettings(CompressionSettings):
 
     method: ClassVar[str] = "etc"
     shape_fields: ClassVar[tuple[str, ...]] = ("trained_tokens",)
+    keeps_images: ClassVar[bool] = True
 
     trained_tokens: int | None = None
 
@@ -28,15 +29,18 @@ class ETCSettings(CompressionSettings):
         require_positive_int("trained_tokens", self.trained_tokens, optional=True)
 
     @classmethod
-    def budget_of_ratio(cls, keep_ratio: float, config: Any) -> dict[str, Any]:
+    def settings_for_ratio(cls, keep_ratio: float, config: Any) -> dict[str, Any]:
         if config.num_patches is None:
             raise ValueError("keep_ratio means nothing where an image's size is its own: set num_visual_tokens.")
-        return super().budget_of_ratio(keep_ratio, config)
+        return super().settings_for_ratio(keep_ratio, config)
 
-    def count_placeholders(self, length: int) -> int:
-        return length + self.count_tokens(length)  # read first, then freed
+    def count_placeholders(self, *lengths: int, num_separators: int = 0) -> int:
+        return sum(lengths) + num_separators + (self.num_visual_tokens or 1)  # read first, then freed
 
-    def fitted_to(self, config: Any) -> ETCSettings:
+    def largest_budget(self, config: Any) -> int | None:
+        return self.trained_tokens
+
+    def resolve(self, config: Any) -> ETCSettings:
         number = self.num_visual_tokens or 1
         trained = self.trained_tokens or number
         if number > trained:

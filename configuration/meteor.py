@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from foveate.configuration.compression import CompressionSettings, require_one_of, require_positive_int
+from foveate.configuration.compression import (
+    MAX_ASPECT_RATIO,
+    CompressionSettings,
+    require_one_of,
+    require_patches_of_one_layer,
+    require_positive_int,
+)
 
 
 SCANS = ("local-to-single", "single")
@@ -33,6 +40,7 @@ class MeteorSettings(CompressionSettings):
 
     method: ClassVar[str] = "meteor"
     shape_fields: ClassVar[tuple[str, ...]] = ("state_size",)
+    keeps_images: ClassVar[bool] = True
 
     visual_share: float = 0.8
     scan: str = "local-to-single"
@@ -51,7 +59,7 @@ class MeteorSettings(CompressionSettings):
             require_positive_int(name, getattr(self, name))
 
     @classmethod
-    def of_tokenizer(cls, tokenizer: Any, given: Collection[str]) -> dict[str, Any]:
+    def settings_from_tokenizer(cls, tokenizer: Any, given: Collection[str]) -> dict[str, Any]:
         vocabulary, found = tokenizer.get_vocab(), {}
         for what, names in (("comma", _COMMAS), ("newline", _NEWLINES)):
             field = f"{what}_token_id"
@@ -67,22 +75,43 @@ class MeteorSettings(CompressionSettings):
         return found
 
     @classmethod
-    def budget_of_ratio(cls, keep_ratio: float, config: Any) -> dict[str, Any]:
+    def settings_for_ratio(cls, keep_ratio: float, config: Any) -> dict[str, Any]:
         """Of the patches of a square view; with 1, every view keeps all that it has."""
-        number = config.largest_view if keep_ratio == 1 else max(1, round(keep_ratio * config.square_view))
+        number = largest_view(config) if keep_ratio == 1 else max(1, round(keep_ratio * square_view(config)))
         return {"num_visual_tokens": number}
 
-    def fitted_to(self, config: Any) -> MeteorSettings:
-        number = self.num_visual_tokens or max(1, config.square_view // 4)
-        if number > config.largest_view:
+    def resolve(self, config: Any) -> MeteorSettings:
+        require_patches_of_one_layer(self.method, config)
+        if config.vision_feature_layer % (config.vision_config.num_hidden_layers + 1) == 0:
             raise ValueError(
-                f"num_visual_tokens is {number}, but no view of an image has more than {config.largest_view} patches: "
-                f"choose at most {config.largest_view}."
+                f"The method '{self.method}' needs a vision_feature_layer after the first, as it reads what that "
+                f"layer's class token looks at, not {config.vision_feature_layer!r}."
             )
+        number = self.num_visual_tokens or max(1, square_view(config) // 4)
         for name in ("comma_token_id", "newline_token_id"):
             if not 0 <= getattr(self, name) < config.text_config.vocab_size:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, but the language model has {config.text_config.vocab_size} "
                     "tokens, counted from 0."
                 )
-        return dataclasses.replace(self, num_visual_tokens=number)
+        return dataclasses.replace(super().resolve(config), num_visual_tokens=number)
+
+    def largest_budget(self, config: Any) -> int:
+        return largest_view(config)
+
+
+def square_view(config: Any) -> int:
+    """Patches of a square view."""
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def largest_view(config: Any) -> int:
+    """Patches of the view that has the most of them: rounding to whole patches can add to the area."""
+    side = config.vision_config.image_size / config.vision_config.patch_size
+    narrowest = side / math.sqrt(MAX_ASPECT_RATIO)
+    most = 1
+    for rows in range(1, math.ceil(side) + 1):
+        if rows + 0.5 > narrowest:
+            before_rounding = max(rows - 0.5 if rows > 1 else 0, narrowest)
+            most = max(most, rows * max(1, round(side * side / before_rounding)))
+    return most

@@ -7,7 +7,12 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from foveate.configuration.compression import CompressionSettings, require_bool, require_one_of
+from foveate.configuration.compression import (
+    CompressionSettings,
+    require_bool,
+    require_one_of,
+    require_patches_of_one_layer,
+)
 
 
 @dataclass
@@ -24,6 +29,8 @@ class QGVTCSettings(CompressionSettings):
     """
 
     method: ClassVar[str] = "qg-vtc"
+    guiding_turn: ClassVar[str] = "last"
+    requires_question: ClassVar[bool] = False
 
     layers: list[int] | None = None
     guidance: str = "question"
@@ -37,8 +44,9 @@ class QGVTCSettings(CompressionSettings):
             _require_layers(self.layers)
             self.layers = list(self.layers)
 
-    def fitted_to(self, config: Any) -> QGVTCSettings:
-        settings = super().fitted_to(config)
+    def resolve(self, config: Any) -> QGVTCSettings:
+        require_patches_of_one_layer(self.method, config)
+        settings = super().resolve(config)
         depth = config.vision_config.num_hidden_layers
         running = config.vision_feature_layer % (depth + 1)  # layers that run: those after the features' don't
         layers = settings.layers

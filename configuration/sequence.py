@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from foveate.configuration.compression import CompressionConfigMixin, CompressionSettings, require_ratio
+from foveate.configuration.compression import CompressionSettings, require_ratio
 
 
 DEFAULT_KEEP_RATIO = 0.1
@@ -19,6 +19,8 @@ class SequenceSettings(CompressionSettings):
         num_visual_tokens: m, the same for every image; `None`: see `keep_ratio`. One of the two is set.
         keep_ratio: m / n, in (0, 1] (a reduction by 90 % is 0.1); 1 leaves the image as it is. 0.1 if neither is set.
     """
+
+    keeps_images: ClassVar[bool] = True
 
     keep_ratio: float | None = None
 
@@ -40,17 +42,35 @@ class SequenceSettings(CompressionSettings):
         return super().merge(before, changes)
 
     @classmethod
-    def budget_of_ratio(cls, keep_ratio: float, config: Any) -> dict[str, Any]:
+    def settings_for_ratio(cls, keep_ratio: float, config: Any) -> dict[str, Any]:
         return {"keep_ratio": keep_ratio, "num_visual_tokens": None}
 
-    def fitted_to(self, config: Any) -> SequenceSettings:
-        longest = config.longest_sequence
-        if self.num_visual_tokens is not None and longest is not None and self.num_visual_tokens > longest:
+    @classmethod
+    def with_budget(cls, num_visual_tokens: int | None, keep_ratio: float | None) -> SequenceSettings:
+        if num_visual_tokens is None and keep_ratio is None:
+            keep_ratio = 1.0
+        return cls(num_visual_tokens=num_visual_tokens, keep_ratio=keep_ratio)
+
+    def resolve(self, config: Any) -> SequenceSettings:
+        strategy = getattr(config, "vision_feature_select_strategy", "default")
+        if strategy != "default":
             raise ValueError(
-                f"num_visual_tokens is {self.num_visual_tokens}, but an image has at most {longest} tokens of all its "
-                f"patches: choose at most {longest}."
+                f"The method '{self.method}' needs vision_feature_select_strategy 'default' (patches without the class "
+                f"token), not {strategy!r}."
             )
-        return self
+        return super().resolve(config)
+
+    def largest_budget(self, config: Any) -> int | None:
+        """Tokens of the image that has the most of them."""
+        if config.num_patches is None:
+            return None
+        vision = config.vision_config
+        side, patch = vision.image_size, vision.patch_size
+        grids = [  # LLaVA-NeXT's tiles and newlines
+            (height // side) * (width // side) * config.num_patches + height // patch
+            for height, width in getattr(config, "image_grid_pinpoints", None) or ()
+        ]
+        return config.num_patches + max(grids, default=0)
 
     def count_tokens(self, length: int) -> int:
         """m of an image of n = `length` tokens."""
@@ -58,28 +78,5 @@ class SequenceSettings(CompressionSettings):
             return min(self.num_visual_tokens, length)
         return max(1, round(length * self.keep_ratio))
 
-
-class SequenceConfigMixin(CompressionConfigMixin):
-    """A config whose model compresses an image's sequence. Its class calls `_check_method_fields` at the end of its
-    `__init__`."""
-
-    @property
-    def longest_sequence(self) -> int | None:
-        """Tokens of the image that has the most of them; `None`: an image's size is its own, and so is their number."""
-        if self.num_patches is None:
-            return None
-        vision = self.vision_config  # type: ignore[attr-defined]
-        side, patch = vision.image_size, vision.patch_size
-        grids = [  # LLaVA-NeXT's tiles and newlines
-            (height // side) * (width // side) * self.num_patches + height // patch
-            for height, width in getattr(self, "image_grid_pinpoints", None) or ()
-        ]
-        return self.num_patches + max(grids, default=0)
-
-    def _check_method_fields(self) -> None:
-        if getattr(self, "vision_feature_select_strategy", "default") != "default":  # type: ignore[attr-defined]
-            raise ValueError(
-                f"The method '{self.compression.method}' needs vision_feature_select_strategy 'default' (patches "
-                f"without the class token), not {self.vision_feature_select_strategy!r}."  # type: ignore[attr-defined]
-            )
-        self.compression = self.compression.fitted_to(self)
+    def count_placeholders(self, *lengths: int, num_separators: int = 0) -> int:
+        return self.count_tokens(sum(lengths) + num_separators)  # separators are tokens of the sequence like others

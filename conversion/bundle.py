@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foveate.errors import FoveateError
+from foveate.registry import pairs
 
 
 FOLDERS = ("configuration", "processing", "modeling")
@@ -62,12 +63,12 @@ def entry_modules(config_class: type) -> list[str]:
     """Names of the modules that a checkpoint's `auto_map` refers to.
 
     Args:
-        config_class: config class of a compressed model; its `remote_code_map()` says which file holds which class.
+        config_class: of a compressed model.
     """
-    package = config_class.__module__.split(".")[0]
-    files = {reference.partition(".")[0] for reference in config_class.remote_code_map().values()}
-    # A file's name begins with its folder: configuration_x, processing_x, modeling_x; image_processing_x nearly does.
-    return sorted(f"{package}.{file.removeprefix('image_').partition('_')[0]}.{file}" for file in files)
+    pair = next((pair for pair in pairs() if pair.model_type == config_class.model_type), None)  # type: ignore[attr-defined]
+    if pair is None:
+        raise FoveateError(f"{config_class.__name__} is not the config of a method that foveate knows.")
+    return sorted({reference.module for reference in pair.references.values()})
 
 
 def write_bundle(entries: type | Iterable[str], folder: str | Path) -> list[Path]:
@@ -154,9 +155,11 @@ def _read_source(name: str) -> bytes:
         spec = importlib.util.find_spec(name)
     except ModuleNotFoundError:
         spec = None
-    if spec is None or not spec.has_location or not spec.origin.endswith(".py"):
-        raise FoveateError(f"{name} can't be in a bundle: there is no source file of that name.")
-    return Path(spec.origin).read_bytes()
+    if spec is None or not hasattr(spec.loader, "get_source"):
+        raise FoveateError(f"{name} can't be in a bundle: there is no source of that name.")
+    if spec.origin and Path(spec.origin).is_file():
+        return Path(spec.origin).read_bytes()
+    return spec.loader.get_source(name).encode()  # of a pair, which has no file
 
 
 def _flat_import(name: str, node: ast.ImportFrom, line: bytes) -> bytes:

@@ -50,7 +50,7 @@ from foveate.hub_cards.manifest import write_manifest
 from foveate.lab import BASES as LAB_BASES
 from foveate.modeling.core.loading import BASE_FIELDS
 from foveate.processing.question import QUESTION_TOKENIZER_FOLDER, common_start
-from foveate.registry import METHODS, Backbone
+from foveate.registry import METHODS, Pair, pairs_of
 
 
 #: CLIP checkpoints that vision towers of base models came from, by (width, layers, image side, patch side).
@@ -128,16 +128,14 @@ def convert(
     if layout == "adapter" and link:
         raise FoveateError("The adapter layout holds no weights of the base: there is nothing to link, leave it out.")
     # Small files first: what they tell need not wait for a download of the weights.
-    source, backbone = _open_base(base, method)
-    encoder = _open_text_encoder(source, backbone, method, text_encoder)
+    source, pair = _open_base(base, method)
+    encoder = _open_text_encoder(source, pair, method, text_encoder)
     stock_processor = _open_processor(source)
-    config = _make_config(
-        source, backbone, encoder, stock_processor, {"method": method, **(settings or {})}, keep_ratio
-    )
-    processor = _make_processor(stock_processor, backbone, encoder, config)
+    config = _make_config(source, pair, encoder, stock_processor, {"method": method, **(settings or {})}, keep_ratio)
+    processor = _make_processor(stock_processor, pair, encoder, config)
 
     shards = _read_base_weights(source)
-    new = _stream_or_draw_parameters(source, backbone, encoder, config, stored_dtype(shards))
+    new = _stream_or_draw_parameters(source, pair, encoder, config, stored_dtype(shards))
 
     copied = [] if layout == "adapter" else shards
     num_bytes = (0 if link else sum(shard.num_bytes for shard in copied)) + _num_bytes(new) + _SMALL_FILES_BYTES
@@ -149,49 +147,47 @@ def convert(
             _write_weights(shards, new, folder, link, progress)
         _write_config(source, config, folder, _address_of(source) if layout == "adapter" else {})
         _write_processor(source, encoder, processor, folder)
-        write_bundle(backbone.config_class, folder)
+        write_bundle(pair.config_class, folder)
         write_card(folder, source.name, source.folder)
         write_manifest(folder, source.name)
     return out
 
 
-def _open_base(name: str | Path, method: str) -> tuple[BaseCheckpoint, Backbone]:
+def _open_base(name: str | Path, method: str) -> tuple[BaseCheckpoint, Pair]:
     """The base checkpoint, without its weights, and the registry's entry for its kind."""
     if method not in METHODS:
         raise FoveateError(f"There is no method '{method}': choose one of {', '.join(METHODS)}.")
     folder = find_checkpoint(name)
     config_dict = read_config(folder)
-    backbone = _choose_backbone(name, config_dict, method)
+    pair = _choose_pair(name, config_dict, method)
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:
         raise FoveateError(f"{name}'s config can't be read: {first_sentence(error)}") from error
-    return BaseCheckpoint(str(name), folder, config_dict, config), backbone
+    return BaseCheckpoint(str(name), folder, config_dict, config), pair
 
 
-def _choose_backbone(name: str | Path, config_dict: dict[str, Any], method: str) -> Backbone:
+def _choose_pair(name: str | Path, config_dict: dict[str, Any], method: str) -> Pair:
     """The registry's entry for a method and a base's `model_type`."""
     model_type = config_dict.get("model_type")
     if "compression" in config_dict:
         raise FoveateError(f"{name} is compressed already ('{model_type}'): convert the base that it came from.")
-    backbones = {backbone.base_model_type: backbone for backbone in METHODS[method].backbones}
-    if model_type not in backbones:
+    known = {pair.base_model_type: pair for pair in pairs_of(method)}
+    if model_type not in known:
         found = f"a '{model_type}' checkpoint" if model_type else "of no known kind (its config has no model_type)"
         hint = f" (`foveate import {name} OUT` makes one of it)" if "mm_vision_tower" in config_dict else ""
-        raise FoveateError(f"{name} is {found}: the method '{method}' compresses {', '.join(backbones)}{hint}.")
+        raise FoveateError(f"{name} is {found}: the method '{method}' compresses {', '.join(known)}{hint}.")
     if not isinstance(config_dict.get("vision_config"), dict):
         raise FoveateError(
             f"{name} calls itself '{model_type}' but has no vision_config: it has to be in Transformers' own "
             f"layout (for LLaVA, the llava-hf models on the hub; `foveate import {name} OUT` makes one of an original)."
         )
-    return backbones[model_type]
+    return known[model_type]
 
 
-def _open_text_encoder(
-    base: BaseCheckpoint, backbone: Backbone, method: str, name: str | Path | None
-) -> TextEncoder | None:
+def _open_text_encoder(base: BaseCheckpoint, pair: Pair, method: str, name: str | Path | None) -> TextEncoder | None:
     """The text encoder that the user names or that goes with the base; `None` for a method that reads no question."""
-    if "question_config" not in backbone.config_class.sub_configs:
+    if "question_config" not in pair.config_class.sub_configs:
         if name is not None:
             raise FoveateError(f"The method '{method}' reads no question: leave the text encoder {name} out.")
         return None
@@ -216,7 +212,7 @@ def _default_text_encoder(base: BaseCheckpoint) -> str:
 
 def _make_config(
     base: BaseCheckpoint,
-    backbone: Backbone,
+    pair: Pair,
     encoder: TextEncoder | None,
     stock_processor: Any,
     compression: dict[str, Any],
@@ -227,9 +223,9 @@ def _make_config(
     if encoder:
         fields["question_config"] = encoder.config.to_dict()
     try:
-        of_tokenizer = backbone.config_class.settings_class.of_tokenizer(stock_processor.tokenizer, compression)
+        of_tokenizer = pair.config_class.settings_class.settings_from_tokenizer(stock_processor.tokenizer, compression)
         compression = {**of_tokenizer, **compression}
-        config = backbone.config_class.from_dict({**fields, "compression": compression})
+        config = pair.config_class.from_dict({**fields, "compression": compression})
         if keep_ratio is not None:
             config.change_compression(keep_ratio)
     except ValueError as error:
@@ -245,15 +241,15 @@ def _open_processor(base: BaseCheckpoint) -> Any:
         raise FoveateError(f"{base.name}'s processor can't be read: {first_sentence(error)}") from error
 
 
-def _make_processor(stock: Any, backbone: Backbone, encoder: TextEncoder | None, config: Any) -> Any:
+def _make_processor(stock: Any, pair: Pair, encoder: TextEncoder | None, config: Any) -> Any:
     """The method's processor, of the parts and arguments of the base's, and the question's tokenizer."""
-    names = inspect.signature(backbone.processor_class.__init__).parameters
+    names = inspect.signature(pair.processor_class.__init__).parameters
     arguments = {name: getattr(stock, name) for name in names if name != "self" and hasattr(stock, name)}
     if encoder:
         arguments["question_tokenizer"] = encoder.tokenizer
-    if backbone.image_processor_class is not None:
-        arguments["image_processor"] = backbone.image_processor_class.of_stock(stock.image_processor, config)
-    processor = backbone.processor_class(**arguments)
+    if pair.image_processor_class is not None:
+        arguments["image_processor"] = pair.image_processor_class.of_stock(stock.image_processor, config)
+    processor = pair.processor_class(**arguments)
     processor.set_compression(config.compression)
     return processor
 
@@ -274,12 +270,12 @@ def _read_base_weights(base: BaseCheckpoint) -> list[Shard]:
 
 
 def _stream_or_draw_parameters(
-    base: BaseCheckpoint, backbone: Backbone, encoder: TextEncoder | None, config: Any, dtype: torch.dtype
+    base: BaseCheckpoint, pair: Pair, encoder: TextEncoder | None, config: Any, dtype: torch.dtype
 ) -> list[StreamedTensor]:
     """What the method's model has and the base's has not: from CLIP, or, where the method trains it, drawn as the
     model itself begins (seed 0)."""
     with torch.device("meta"):  # models without memory
-        stock, compressed = AutoModel.from_config(base.config), backbone.model_class(config)
+        stock, compressed = AutoModel.from_config(base.config), pair.model_class(config)
     of_stock = {name.partition(".")[0] for name in stock.state_dict()}
     added = {name: t for name, t in compressed.state_dict().items() if name.partition(".")[0] not in of_stock}
     from_clip = {name: tuple(t.shape) for name, t in added.items() if name.partition(".")[0] in CLIP_MODULES}

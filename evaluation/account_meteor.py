@@ -17,7 +17,7 @@ from torch import nn
 
 from foveate.evaluation.flops import MethodAccount, VisionLayer
 from foveate.modeling.layers.selective_scan import SelectiveStateSpace
-from foveate.modeling.layers.slice_layout import slice_grid_of
+from foveate.modeling.layers.slices import slice_grid_of
 from foveate.modeling.methods.meteor_algorithm import FlashGlobalFusion
 
 

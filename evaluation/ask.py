@@ -19,10 +19,9 @@ from foveate.evaluation.picture import SeenImage, draw_compression, pixels_of_pa
 from foveate.lab.large_scenes import draw_large_scene, draw_sliced_scene
 from foveate.lab.scenes import draw_scene, sample_scene
 from foveate.modeling.compatibility import cache_of, iterate_cache_tensors
-from foveate.modeling.core.base import TokenProvenance
+from foveate.modeling.core.outputs import TokenProvenance
 from foveate.modeling.core.precision import dtype_name
-from foveate.modeling.layers.tile_layout import TileLayout
-from foveate.modeling.layers.tiles import TileGrid, tile_grid
+from foveate.modeling.layers.tiles import TileGrid, TileLayout, tile_grid
 
 
 LAB_PICTURES = {"lab": draw_scene, "lab-next": draw_large_scene, "lab-sliced": draw_sliced_scene}

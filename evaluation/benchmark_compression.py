@@ -23,7 +23,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModel
 from foveate.evaluation.benchmarking import Shapes, command_parser, conditions, describe, parse, take_turns, timed
 from foveate.modeling.compatibility import clip_embeddings, clip_layers, run_clip_layer
 from foveate.modeling.core.precision import fast_dtype
-from foveate.modeling.methods.recoverable_algorithm import assign_tokens, text_similarity, visual_scores
+from foveate.modeling.methods.recoverable_algorithm import assign_tokens, class_token_scores, text_similarity
 
 
 VARIANTS = ("official", "paper")
@@ -47,7 +47,7 @@ class _Bench:
             self.penultimate = run_clip_layer(layer, self.penultimate)
         self.final = run_clip_layer(self.layers[-1], self.penultimate)
         self.text = self.text_encoder(self.question).text_embeds
-        self.visual_scores, self.similarity = self.score(), self.compare()
+        self.class_token_scores, self.similarity = self.score(), self.compare()
         self.assignments = {variant: self.assign(variant) for variant in VARIANTS}
 
     def run_tower(self) -> None:
@@ -61,13 +61,13 @@ class _Bench:
         attention = self.layers[-1].self_attn
         normed = self.layers[-1].layer_norm1(self.penultimate)
         self.keys = attention.k_proj(normed)
-        return visual_scores(attention.q_proj(normed[:, 0]), self.keys)
+        return class_token_scores(attention.q_proj(normed[:, 0]), self.keys)
 
     def compare(self) -> torch.Tensor:
         return text_similarity(self.text, self.projection(self.final[:, 1:]))
 
     def assign(self, variant: str):
-        return assign_tokens(self.visual_scores, self.similarity, self.keys[:, 1:], variant=variant)
+        return assign_tokens(self.class_token_scores, self.similarity, self.keys[:, 1:], variant=variant)
 
     def merge(self, variant: str) -> None:
         self.assignments[variant].tokens(self.penultimate[:, 1:])

@@ -49,7 +49,7 @@ from foveate.evaluation.flops import (
 from foveate.modeling.compatibility import clip_layers
 from foveate.modeling.core.precision import fast_dtype
 from foveate.modeling.methods.qgvtc import QuestionProjector
-from foveate.modeling.methods.qgvtc_encoder import encode_images
+from foveate.modeling.methods.qgvtc_algorithm import encode_crops
 
 
 TARGET = 0.08  # largest distance of the measured ratio, all layers in both, from R, as a share of R
@@ -95,7 +95,7 @@ class _Bench:
 
     def compress(self) -> None:
         """All layers, the last on the tokens that are left."""
-        encode_images(self.tower, self.pixels, self.settings, self.depth, self.text_class, self.has_question)
+        encode_crops(self.tower, self.pixels, self.settings, self.depth, self.text_class, self.has_question)
 
     def parts(self) -> dict[str, Callable[[], Any]]:
         clock = _LayerClock(self.tower, self.now)

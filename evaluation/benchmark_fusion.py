@@ -32,11 +32,15 @@ from foveate.evaluation.benchmarking import (
 )
 from foveate.modeling.compatibility import replace_clip_embeddings
 from foveate.modeling.core.precision import fast_dtype
-from foveate.modeling.layers.slice_layout import SliceLayout
-from foveate.modeling.layers.slices import SliceGrid
+from foveate.modeling.layers.slices import SliceGrid, SliceLayout
 from foveate.modeling.layers.token_choice import choose_tokens
-from foveate.modeling.methods.meteor_algorithm import FlashGlobalFusion, native_scores, visual_scores
-from foveate.modeling.methods.meteor_encoder import SliceEmbeddings, encode_views
+from foveate.modeling.methods.meteor_algorithm import (
+    FlashGlobalFusion,
+    SliceEmbeddings,
+    class_scores,
+    encode_views,
+    native_scores,
+)
 
 
 SIDES = (12, 24, 48)  # of one view, in patches
@@ -79,7 +83,7 @@ class _Bench:
         return self.fusion(self.features, self.layout, local=True)
 
     def select(self) -> torch.Tensor:
-        importance = 0.8 * visual_scores(self.class_row) + 0.2 * native_scores(self.fused, self.instruction)
+        importance = 0.8 * class_scores(self.class_row) + 0.2 * native_scores(self.fused, self.instruction)
         kept, _ = choose_tokens(importance, min(NUM_KEPT, self.side**2))
         return self.fused.gather(1, kept[..., None].expand(-1, -1, self.fused.shape[-1]))
 

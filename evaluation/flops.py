@@ -40,11 +40,11 @@ from transformers import AutoConfig
 from foveate.conversion.checkpoints import find_checkpoint, read_config
 from foveate.errors import FoveateError, first_sentence
 from foveate.evaluation.shapes import config_of_shape
-from foveate.modeling.layers.slice_layout import slice_grid_of
+from foveate.modeling.layers.slices import slice_grid_of
 from foveate.modeling.layers.tiles import TileGrid, tile_grid
 from foveate.modeling.methods.qgvtc_algorithm import token_schedule
 from foveate.processing.base import MAX_ASPECT_RATIO
-from foveate.registry import backbones
+from foveate.registry import pairs
 
 
 DEFAULT_TEXT_TOKENS = 60
@@ -424,7 +424,7 @@ def _method_of(config: Any) -> str | None:
 
 
 def _account_module(config: Any) -> Any:
-    (backbone,) = [backbone for backbone in backbones() if backbone.model_type == config.model_type]
+    (backbone,) = [backbone for backbone in pairs() if backbone.model_type == config.model_type]
     name = f"{__package__}.account_{backbone.model_type.removeprefix(f'{backbone.base_model_type}_')}"
     try:
         return importlib.import_module(name)

@@ -39,7 +39,7 @@ from foveate.evaluation.published_dialogues import GQA_QUESTIONS, VQA_QUESTIONS,
 from foveate.lab.large_scenes import draw_large_scene, draw_sliced_scene
 from foveate.lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sample_scene
 from foveate.modeling.compatibility import cache_of
-from foveate.modeling.core.base import CompressedModelMixin
+from foveate.modeling.core.base import SavedCompressionMixin
 from foveate.modeling.core.cache import LogicalCache
 from foveate.modeling.core.precision import dtype_name, fast_dtype
 
@@ -149,7 +149,7 @@ class Checkpoint:
 
     @property
     def is_compressed(self) -> bool:
-        return isinstance(self.model, CompressedModelMixin)
+        return isinstance(self.model, SavedCompressionMixin)
 
     @property
     def settings(self) -> dict[str, Any] | None:

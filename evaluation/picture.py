@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
-from foveate.modeling.core.base import TokenProvenance
+from foveate.modeling.core.outputs import TokenProvenance
 from foveate.modeling.layers.slices import SliceGrid
 from foveate.modeling.layers.tiles import TileGrid
 

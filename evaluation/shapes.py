@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from foveate.errors import FoveateError
-from foveate.registry import METHODS, Backbone
+from foveate.registry import METHODS, Pair, pairs_of
 
 
 _VISION: dict[str, Any] = {
@@ -115,10 +115,10 @@ def config_of_shape(name: str, method: str | None = None, settings: Mapping[str,
     return backbone.config_class(**fields, compression={"method": method, **(settings or {})})
 
 
-def _backbone(name: str, config_class: Any, method: str) -> Backbone:
+def _backbone(name: str, config_class: Any, method: str) -> Pair:
     if method not in METHODS:
         raise FoveateError(f"There is no method '{method}': choose one of {', '.join(METHODS)}.")
-    backbones = {backbone.base_model_type: backbone for backbone in METHODS[method].backbones}
+    backbones = {backbone.base_model_type: backbone for backbone in pairs_of(method)}
     if config_class.model_type not in backbones:
         raise FoveateError(
             f"{name} is a '{config_class.model_type}' model: the method '{method}' compresses {', '.join(backbones)}."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from foveate.errors import FoveateError
 from foveate.registration import register_models
-from foveate.registry import METHODS, Backbone, Method, backbones
+from foveate.registry import METHODS, Method, Pair, pairs, register_method
 
 
 if TYPE_CHECKING:  # what is imported when it is asked for
@@ -38,16 +38,14 @@ _MODULES = {
     "load_lab": "foveate.lab",
     "train": "foveate.training.train",
 }
-_MODULES |= {found.name: found.module for backbone in backbones() for found in backbone.references.values()}
-
 _FOLDERS = {"configuration", "conversion", "evaluation", "hub_cards", "lab", "modeling", "processing", "training"}
 
 __all__ = [
     "METHODS",
     "AutoModelForVision2Seq",
-    "Backbone",
     "FoveateError",
     "Method",
+    "Pair",
     "ask",
     "convert",
     "evaluate",
@@ -55,22 +53,31 @@ __all__ = [
     "import_original",
     "lab_folder",
     "load_lab",
+    "register_method",
     "train",
 ]
-__all__ += sorted(_MODULES.keys() - set(__all__))
+
+
+def _classes() -> dict[str, str]:
+    """The module of each class of the registry, to which methods may be added."""
+    return {reference.name: reference.module for pair in pairs() for reference in pair.references.values()}
+
+
+__all__ += sorted(_classes())
 
 
 def __getattr__(name: str) -> Any:
     if name in _FOLDERS:
         return import_module(f"foveate.{name}")
-    if name not in _MODULES:
+    module = _MODULES.get(name) or _classes().get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    found = globals()[name] = getattr(import_module(module), name)
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_FOLDERS})
+    return sorted({*globals(), *__all__, *_FOLDERS, *_classes()})
 
 
 register_models()

@@ -123,11 +123,11 @@ def _options(
 @app.command()
 def methods() -> None:
     """List the compression methods."""
-    from foveate.registry import METHODS
+    from foveate.registry import METHODS, pairs_of
 
     table = _table()
     for method in METHODS.values():
-        names = ", ".join(backbone.title for backbone in method.backbones)
+        names = ", ".join(backbone.title for backbone in pairs_of(method.name))
         training = "trained" if method.needs_training else "training-free"
         table.add_row(f"[bold]{method.name}[/]", f"{method.title}; on {names}; {training}\n{method.paper}")
     Console().print(table)

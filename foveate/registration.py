@@ -20,14 +20,15 @@ import copyreg
 import inspect
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from foveate.registry import Backbone, ClassReference, backbones
+from foveate.pairs import find_pairs
+from foveate.registry import ClassReference, Pair, pairs
 
 
 class StandIn(type):
@@ -62,44 +63,44 @@ _stand_ins: dict[ClassReference, StandIn] = {}
 _lock = threading.RLock()  # nothing is imported while it is held, so no thread waits for another
 
 
-def _class_of(backbone: Backbone, part: str, *bases: type) -> type:
-    """A class of a backbone if it has been imported, else its stand-in, which is a subclass of `bases`."""
-    reference = backbone.references[part]
+def _class_of(pair: Pair, part: str, *bases: type) -> type:
+    """A class of a pair if it has been imported, else its stand-in, which is a subclass of `bases`."""
+    reference = pair.references[part]
     if reference.module in _imported:
         return getattr(_imported[reference.module], reference.name)
     if reference not in _stand_ins:
-        facts = {"__module__": reference.module, "reference": reference, "model_type": backbone.model_type}
+        facts = {"__module__": reference.module, "reference": reference, "model_type": pair.model_type}
         _stand_ins[reference] = StandIn(reference.name, bases, facts)
     return _stand_ins[reference]
 
 
-def _register_config(auto: ModuleType, backbone: Backbone) -> None:
-    auto.AutoConfig.register(backbone.model_type, _class_of(backbone, "config"), exist_ok=True)
+def _register_config(auto: ModuleType, pair: Pair) -> None:
+    auto.AutoConfig.register(pair.model_type, _class_of(pair, "config"), exist_ok=True)
 
 
-def _register_processor(auto: ModuleType, backbone: Backbone) -> None:
-    auto.AutoProcessor.register(_class_of(backbone, "config"), _class_of(backbone, "processor"), exist_ok=True)
+def _register_processor(auto: ModuleType, pair: Pair) -> None:
+    auto.AutoProcessor.register(_class_of(pair, "config"), _class_of(pair, "processor"), exist_ok=True)
 
 
-def _register_image_processor(auto: ModuleType, backbone: Backbone) -> None:
-    if not backbone.has_image_processor:
+def _register_image_processor(auto: ModuleType, pair: Pair) -> None:
+    if "image_processor" not in pair.references:
         return
     from transformers.image_processing_utils import BaseImageProcessor  # imported by `auto` already
 
-    found = _class_of(backbone, "image_processor", BaseImageProcessor)
+    found = _class_of(pair, "image_processor", BaseImageProcessor)
     classes: dict[str, Any] = {"slow_image_processor_class": found}  # 4.57 has no word for one that is neither
     if "image_processor_classes" in inspect.signature(auto.AutoImageProcessor.register).parameters:  # ≥ 5.0
         classes = {"image_processor_classes": {"pil": found, "torchvision": found}}
-    auto.AutoImageProcessor.register(_class_of(backbone, "config"), **classes, exist_ok=True)
+    auto.AutoImageProcessor.register(_class_of(pair, "config"), **classes, exist_ok=True)
 
 
-def _register_models(auto: ModuleType, backbone: Backbone) -> None:
+def _register_models(auto: ModuleType, pair: Pair) -> None:
     """Models are looked up by their config's class, so there is nothing to register before that is imported."""
-    config_class = _class_of(backbone, "config")
+    config_class = _class_of(pair, "config")
     if isinstance(config_class, StandIn):
         return
     for name, part in _AUTO_MODELS.items():
-        model_class = _class_of(backbone, part)
+        model_class = _class_of(pair, part)
         if isinstance(model_class, StandIn):
             type.__setattr__(model_class, "config_class", config_class)  # `register` compares it
         if hasattr(auto, name):
@@ -115,7 +116,7 @@ _AUTO_MODELS = {
 }
 
 #: What is registered in each of Transformers' modules of Auto classes.
-_REGISTER: dict[str, Callable[[ModuleType, Backbone], None]] = {
+_REGISTER: dict[str, Callable[[ModuleType, Pair], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.processing_auto": _register_processor,
     "transformers.models.auto.image_processing_auto": _register_image_processor,
@@ -123,7 +124,7 @@ _REGISTER: dict[str, Callable[[ModuleType, Backbone], None]] = {
 }
 
 #: Whose classes are in each of our modules.
-_BACKBONES = {reference.module: backbone for backbone in backbones() for reference in backbone.references.values()}
+_PAIRS: dict[str, Pair] = {}
 
 _BASE_OF_MODELS = "foveate.modeling.core.base"
 _KEY_MAPPING = "transformers.conversion_mapping"  # ≥ 5.0
@@ -133,7 +134,7 @@ def _on_import(module: ModuleType) -> None:
     """Does what a watched module makes possible."""
     name = module.__name__
     if name == _BASE_OF_MODELS:
-        module.CompressedModelMixin.code_writer = staticmethod(_write_code)
+        module.SavedCompressionMixin.code_writer = staticmethod(_write_code)
         return
     if name == _KEY_MAPPING:
         # Transformers makes its table of weights' names at the first look into it, and what our modules enter is lost
@@ -142,11 +143,11 @@ def _on_import(module: ModuleType) -> None:
         return
     with _lock:
         _imported[name] = module
-        pairs = [(name, backbone) for backbone in backbones()]
-        if name in _BACKBONES:
-            pairs = [(auto, _BACKBONES[name]) for auto in _REGISTER if auto in _imported]
-        for auto, backbone in pairs:
-            _REGISTER[auto](_imported[auto], backbone)
+        found = [_PAIRS[name]] if name in _PAIRS else set(_PAIRS.values())
+        for pair in found:
+            for auto in _REGISTER if name in _PAIRS else [name]:
+                if auto in _imported:
+                    _REGISTER[auto](_imported[auto], pair)
 
 
 def _write_code(model_class: type, folder: str) -> None:
@@ -179,10 +180,8 @@ class _WatchingLoader(Loader):
 class _Watcher(MetaPathFinder):
     """Lets the other finders find a watched module, and wraps its loader."""
 
-    watched = frozenset({*_REGISTER, *_BACKBONES, _BASE_OF_MODELS, _KEY_MAPPING})
-
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname not in self.watched:
+        if fullname not in _WATCHED and fullname not in _PAIRS:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -195,6 +194,7 @@ class _Watcher(MetaPathFinder):
         return None
 
 
+_WATCHED = frozenset({*_REGISTER, _BASE_OF_MODELS, _KEY_MAPPING})
 _watcher = _Watcher()
 
 
@@ -202,6 +202,17 @@ def register_models() -> None:
     """Registers every model with those Auto classes that are imported, and with the others when they are."""
     if _watcher in sys.meta_path:
         return
+    register_pairs(pairs())
     sys.meta_path.insert(0, _watcher)
-    for name in _watcher.watched & sys.modules.keys():
+    for name in _WATCHED & sys.modules.keys():
         _on_import(import_module(name))  # waits for a thread that is importing it
+
+
+def register_pairs(found: Iterable[Pair]) -> None:
+    """Lets the modules of pairs be imported, and registers their classes likewise."""
+    find_pairs(found)
+    with _lock:
+        _PAIRS.update({reference.module: pair for pair in found for reference in pair.references.values()})
+        for auto in _REGISTER.keys() & _imported.keys():
+            for pair in found:
+                _REGISTER[auto](_imported[auto], pair)

@@ -1,14 +1,23 @@
-"""The methods that foveate knows. A new method adds one entry here.
+"""The methods and backbones that foveate knows, and the classes of each pair of them.
 
-Importing this module imports none of them: classes are named, and imported when they are asked for.
+A method is declared in its file in `modeling/methods/`, a backbone in `modeling/backbones/`. Importing this module
+imports none of them: declarations are read from the source. No file is written for a pair either: its three modules
+(`foveate.modeling.modeling_llava_qgvtc`, …) are a few lines that are made when they are imported (`foveate/pairs.py`).
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import foveate.modeling.backbones
+import foveate.modeling.methods
+from foveate.modeling.core.declarations import Backbone, Method
 
 
 class ClassReference(NamedTuple):
@@ -22,157 +31,146 @@ class ClassReference(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """The classes of one method on one backbone, found by the convention of their names.
+class Pair:
+    """A method on a backbone: its classes, imported when they are asked for.
 
-    Args:
-        base_model_type: `model_type` of the stock models that convert to it.
-        model_type: its own, which also ends the names of its modules.
-        stem: what the names of its classes begin with.
-        title: the backbone's name for readers.
-        has_image_processor: whether it has an image processor of its own, or images are prepared as the base does it.
+    Methods that share everything but their settings share the classes too.
     """
 
-    base_model_type: str
-    model_type: str
-    stem: str
-    title: str
-    has_image_processor: bool = False
+    method: Method
+    backbone: Backbone
+
+    @property
+    def base_model_type(self) -> str:
+        """`model_type` of the stock models that convert to it."""
+        return self.backbone.model_type
+
+    @property
+    def model_type(self) -> str:
+        """Its own, which also ends the names of its modules."""
+        return f"{self.backbone.model_type}_{self.method.stem.lower()}"
+
+    @property
+    def stem(self) -> str:
+        """What the names of its classes begin with."""
+        return f"{self.backbone.stem}{self.method.stem}"
+
+    @property
+    def title(self) -> str:
+        """The backbone's name for readers."""
+        return self.backbone.title
 
     @cached_property
     def references(self) -> dict[str, ClassReference]:
         """Where its classes are: "config", "processor", "model", "generation", and "image_processor" if it has one."""
-        parts = {
+        places = {
             "config": ("configuration.configuration", "Config"),
             "processor": ("processing.processing", "Processor"),
             "model": ("modeling.modeling", "Model"),
             "generation": ("modeling.modeling", "ForConditionalGeneration"),
         }
-        if self.has_image_processor:
-            parts["image_processor"] = ("processing.image_processing", "ImageProcessor")
-        return {
+        found = {
             part: ClassReference(f"foveate.{module}_{self.model_type}", f"{self.stem}{name}")
-            for part, (module, name) in parts.items()
+            for part, (module, name) in places.items()
         }
+        if self.method.cuts_images:
+            module = f"foveate.processing.{self.method.stem.lower()}"
+            found["image_processor"] = ClassReference(module, f"{self.stem}ImageProcessor")
+        return found
 
     @cached_property
-    def config_class(self) -> type:
+    def config_class(self) -> Any:
         return self.references["config"].load()
 
     @cached_property
-    def processor_class(self) -> type:
+    def processor_class(self) -> Any:
         return self.references["processor"].load()
 
     @cached_property
-    def image_processor_class(self) -> type | None:
+    def image_processor_class(self) -> Any:
         """`None` where images are prepared as the base does it."""
-        return self.references["image_processor"].load() if self.has_image_processor else None
+        return self.references["image_processor"].load() if "image_processor" in self.references else None
 
     @cached_property
-    def model_class(self) -> type:
+    def model_class(self) -> Any:
         return self.references["model"].load()
 
     @cached_property
-    def generation_class(self) -> type:
+    def generation_class(self) -> Any:
         return self.references["generation"].load()
 
 
-@dataclass(frozen=True)
-class Method:
-    """One compression method.
+def pairs_of(method: str) -> tuple[Pair, ...]:
+    """A method by its name, on every backbone that it runs on."""
+    return tuple(Pair(METHODS[method], BACKBONES[backbone]) for backbone in METHODS[method].backbones)
+
+
+def pairs() -> list[Pair]:
+    """Every set of classes, once: methods may share one."""
+    found: dict[str, Pair] = {}
+    for method in METHODS:
+        for pair in pairs_of(method):
+            found.setdefault(pair.model_type, pair)
+    return list(found.values())
+
+
+def register_method(method: Method) -> Method:
+    """Makes a method from outside of foveate known: to `convert`, the commands, Transformers' Auto classes, and as
+    names of foveate (`foveate.LlavaEverySecondModel`).
 
     Args:
-        name: as in the config's `compression` block and on the command line.
-        title: for readers.
-        paper: its address, or its title where no address is known.
-        needs_training: whether a freshly converted checkpoint has weights that mean nothing yet.
-        backbones: what it runs on.
+        method: its declaration, with classes of modules that can be imported. Its module, and those of its own package
+            that it imports, become part of a converted checkpoint's code.
+
+    Returns:
+        The declaration, as the registry keeps it.
+
+    Raises:
+        ValueError: its name or stem is another method's, or a backbone is not known.
     """
+    if method.name in METHODS or method.stem in {known.stem for known in METHODS.values()}:
+        raise ValueError(f"There is a method '{method.name}' or one with the stem '{method.stem}' already: rename it.")
+    if unknown := sorted(set(method.backbones) - set(BACKBONES)):
+        raise ValueError(f"There is no backbone '{unknown[0]}'. Choose from: {', '.join(BACKBONES)}.")
+    classes = {field.name: getattr(method, field.name) for field in fields(method)}
+    references = {
+        name: ClassReference(value.__module__, value.__name__)
+        for name, value in classes.items()
+        if isinstance(value, type)
+    }
+    METHODS[method.name] = replace(method, **references)
+    from foveate.registration import register_pairs
 
-    name: str
-    title: str
-    paper: str
-    needs_training: bool
-    backbones: tuple[Backbone, ...]
-
-
-_METACOMPRESS = "https://arxiv.org/abs/2603.21701"
-
-_ETC = "ETC: Extreme Token Compression via Task-aware Visual Information Distillation in VLMs"
-
-_METEOR = "Top-Down Compression: Revisit Efficient Vision Token Projection for Visual Instruction Tuning"
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method(
-            name="recoverable",
-            title="Recoverable Compression",
-            paper="https://arxiv.org/abs/2409.01179",
-            needs_training=False,
-            backbones=(Backbone("llava", "llava_recoverable", "LlavaRecoverable", "LLaVA-1.5"),),
-        ),
-        Method(
-            name="qg-vtc",
-            title="QG-VTC",
-            paper="https://arxiv.org/abs/2504.00654",
-            needs_training=True,
-            backbones=(
-                Backbone("llava", "llava_qgvtc", "LlavaQGVTC", "LLaVA-1.5"),
-                Backbone("llava_next", "llava_next_qgvtc", "LlavaNextQGVTC", "LLaVA-NeXT"),
-            ),
-        ),
-        Method(
-            name="metacompress",
-            title="MetaCompress",
-            paper=_METACOMPRESS,
-            needs_training=True,
-            backbones=(
-                Backbone("llava", "llava_metacompress", "LlavaMetaCompress", "LLaVA-1.5"),
-                Backbone("llava_next", "llava_next_metacompress", "LlavaNextMetaCompress", "LLaVA-NeXT"),
-            ),
-        ),
-        *[
-            Method(
-                name=name,
-                title=title,
-                paper=_METACOMPRESS,
-                needs_training=False,
-                backbones=(
-                    Backbone("llava", "llava_baseline", "LlavaBaseline", "LLaVA-1.5"),
-                    Backbone("llava_next", "llava_next_baseline", "LlavaNextBaseline", "LLaVA-NeXT"),
-                    Backbone("qwen3_vl", "qwen3_vl_baseline", "Qwen3VLBaseline", "Qwen3-VL"),
-                ),
-            )
-            # The baselines of MetaCompress's paper, which share everything.
-            for name, title in (
-                ("random", "Random pruning"),
-                ("sample", "Equidistant sampling"),
-                ("spatial", "Spatial pooling"),
-            )
-        ],
-        Method(
-            name="etc",
-            title="Extreme Token Compression",
-            paper=_ETC,
-            needs_training=True,
-            backbones=(
-                Backbone("llava", "llava_etc", "LlavaETC", "LLaVA-1.5"),
-                Backbone("qwen3_vl", "qwen3_vl_etc", "Qwen3VLETC", "Qwen3-VL"),
-            ),
-        ),
-        Method(
-            name="meteor",
-            title="LLaVA-Meteor",
-            paper=_METEOR,
-            needs_training=True,
-            backbones=(Backbone("llava", "llava_meteor", "LlavaMeteor", "LLaVA-1.5", has_image_processor=True),),
-        ),
-    )
-}
+    register_pairs(pairs_of(method.name))
+    return METHODS[method.name]
 
 
-def backbones() -> list[Backbone]:
-    """Every set of classes, once: methods may share one."""
-    found = {backbone.model_type: backbone for method in METHODS.values() for backbone in method.backbones}
-    return list(found.values())
+def _declared(package: Any, kind: type) -> Iterator[Any]:
+    """The declarations of a kind in the files of a package, in the order of their names; a class in one is a
+    [`ClassReference`]."""
+    (folder,) = package.__path__
+    for file in sorted(Path(folder).glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        module = f"{package.__name__}.{file.stem}"
+        imported = {
+            alias.asname or alias.name: ClassReference(str(node.module), alias.name)
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        calls = (node for statement in tree.body if isinstance(statement, ast.Assign) for node in ast.walk(statement))
+        for call in calls:
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == kind.__name__:
+                values = {str(keyword.arg): keyword.value for keyword in call.keywords}
+                yield kind(
+                    **{
+                        name: imported.get(value.id, ClassReference(module, value.id))
+                        if isinstance(value, ast.Name)
+                        else ast.literal_eval(value)
+                        for name, value in values.items()
+                    }
+                )
+
+
+BACKBONES: dict[str, Backbone] = {found.model_type: found for found in _declared(foveate.modeling.backbones, Backbone)}
+METHODS: dict[str, Method] = {found.name: found for found in _declared(foveate.modeling.methods, Method)}

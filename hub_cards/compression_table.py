@@ -11,7 +11,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from foveate.errors import FoveateError
 from foveate.evaluation.flops import DEFAULT_TEXT_TOKENS, Account, account_of, default_image_size, is_qwen
-from foveate.registry import backbones
+from foveate.registry import pairs
 from foveate.units import show_flops, show_size
 
 
@@ -41,7 +41,7 @@ def table_of(folder: Path) -> str:
 def read_compressed_config(folder: Path) -> Any:
     """The config of a compressed checkpoint, by its own class. Raises `FoveateError`."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    classes = {backbone.model_type: backbone.config_class for backbone in backbones()}
+    classes = {backbone.model_type: backbone.config_class for backbone in pairs()}
     if content.get("model_type") not in classes:
         raise FoveateError(f"{folder} is no compressed checkpoint: its model_type is '{content.get('model_type')}'.")
     return classes[content["model_type"]].from_dict(content)  # type: ignore[attr-defined]

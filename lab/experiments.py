@@ -22,7 +22,7 @@ from rich.console import Console
 from foveate.conversion.convert import convert
 from foveate.evaluation.harness import evaluate
 from foveate.lab.trainings import Training, trained_checkpoint, trained_shard
-from foveate.registry import METHODS
+from foveate.registry import pairs_of
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -405,7 +405,7 @@ def _checkpoint(row: Measurement, work: Path) -> str | Path:
         return _trained(row, base, work / "trained")
     if row.method is None:
         return base
-    of_weights = METHODS[row.method].backbones[0].config_class.settings_class.shape_fields
+    of_weights = pairs_of(row.method)[0].config_class.settings_class.shape_fields
     shape = tuple((name, row.settings[name]) for name in of_weights if name in row.settings)
     prefix = "" if row.base == "tiny-llava" else f"{row.base}-"
     return _converted(base, row.method, work / "converted" / f"{prefix}{row.method}", shape)

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.import_utils import is_mamba_ssm_available
 
@@ -97,7 +98,7 @@ def visual_tokens_of(output: Any) -> torch.Tensor:
     return output.image_hidden_states
 
 
-def register_key_mapping(model_class: type, generation_class: type, base_model_type: str, own_keys: tuple[str, ...]):
+def register_key_mapping(model_class: type, generation_class: type, own_keys: tuple[str, ...]) -> None:
     """Lets a custom class read and write the published names of its base model's weights.
 
     The base's weights are on disk as the hub has them (`language_model.model.…`, `vision_tower.vision_model.…`), the
@@ -110,7 +111,8 @@ def register_key_mapping(model_class: type, generation_class: type, base_model_t
         }
         return
     model_type = generation_class.config_class.model_type
-    renamings = get_checkpoint_conversion_mapping(base_model_type)
+    stock_config = next(c for c in generation_class.config_class.__mro__ if c.__module__.startswith("transformers."))
+    renamings = get_checkpoint_conversion_mapping(stock_config.model_type)
     # The stock table leaves it to the order of events whether `vision_model.` is written; published names have it.
     renamings = [renaming for renaming in renamings if renaming.source_patterns != ["^vision_tower"]]
     renamings += [WeightRenaming(r"^vision_tower\.vision_model", "model.vision_tower")]
@@ -197,11 +199,33 @@ def run_attention(
     return mixed.flatten(2)
 
 
-def image_features_output(tokens_per_image: list[torch.Tensor]):
-    """What `get_image_features` returns: a list of (tokens, width) in 4.57, an output object around it in ≥ 5.0."""
+def image_features_output(sequences: list[torch.Tensor], deepstack: Sequence[torch.Tensor] = ()) -> Any:
+    """What `get_image_features` returns: a list of (tokens, width) in 4.57, with what DeepStack adds beside it in a
+    tuple; an output object around them in ≥ 5.0.
+
+    Args:
+        sequences: the visual tokens of each image.
+        deepstack: for each of the first layers what is added there, (tokens of all images, width).
+    """
     if not TRANSFORMERS_5:
-        return tokens_per_image
-    return BaseModelOutputWithPooling(pooler_output=tokens_per_image)
+        return (sequences, list(deepstack)) if deepstack else sequences
+    if not deepstack:
+        return BaseModelOutputWithPooling(pooler_output=sequences)
+    lengths = [len(tokens) for tokens in sequences]
+    # ≥ 5.23, whose `forward` takes such an output, splits these by images as well.
+    split = "mm_encoder_outputs" in signature_of(modeling_qwen3_vl.Qwen3VLModel.forward).parameters
+    features = [layer.split(lengths) if split else layer for layer in deepstack]
+    output_class = modeling_qwen3_vl.BaseModelOutputWithDeepstackFeatures
+    return output_class(pooler_output=sequences, deepstack_features=features)
+
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # before 5.22, where each model has it in its `forward`
+
+    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """(batch, length, width) at the last columns (0: all of them), or at the columns of the given indices."""
+        return hidden_states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
 def stock_image_sequences(stock_class: type, model: nn.Module, **images) -> list[torch.Tensor]:

@@ -1,31 +1,50 @@
-"""What the processors of all methods check of images and prompts before Transformers sees them."""
+"""What the processors of all methods share: what they check of images and prompts before Transformers sees them, and
+prompts about images that were compressed before."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
+from transformers import BatchFeature
 from transformers.image_utils import load_image
 from transformers.utils import logging
+
+from foveate.configuration.compression import MAX_ASPECT_RATIO, CompressionSettings
+from foveate.modeling.core.compressed_image import CompressedImage
 
 
 logger = logging.get_logger(__name__)
 
-MAX_ASPECT_RATIO = 100
 
+class CompressionProcessorMixin:
+    """Mixed into a backbone's processor, before the Transformers class.
 
-class CheckedProcessorMixin:
-    """Mixed into a processor, before the Transformers class."""
+    A processor class of a method on a backbone says its `settings_class` and the `file_name` that it has in a
+    checkpoint's code, and defines no method.
+    """
+
+    settings_class: ClassVar[type[CompressionSettings]]
+    file_name: ClassVar[str]
+
+    def _begin(self, kwargs: dict[str, Any]) -> None:
+        """What comes before the stock `__init__`; takes what is its own out of the arguments."""
+        self.auto_map = {"AutoProcessor": f"{self.file_name}.{type(self).__name__}"}
+
+    def set_compression(self, settings: CompressionSettings) -> None:
+        """Takes the number of placeholders from a model's compression settings."""
+        raise NotImplementedError
 
     def __call__(self, images=None, text=None, **kwargs):
         """
         Args:
-            images: one image, a flat list over all rows, or a list a row (which may be empty).
-            text: the prompt, or a list of prompts, with `<image>` where an image goes.
+            images: one image, a flat list over all rows, or a list a row (which may be empty). Where the method keeps
+                images, they may be what a model's `compress` returned, all of them then.
+            text: the prompt, or a list of prompts, with the image token where an image goes.
 
         Returns:
-            What the stock processor returns.
+            What the stock processor returns; `compressed_images` in place of pixels.
 
         Raises:
             ValueError: images and placeholders that differ in number, an image that is too narrow to be seen.
@@ -49,7 +68,23 @@ class CheckedProcessorMixin:
         return [_readable(image) for image in images], prompts, num_images
 
     def _call_stock(self, images: list, prompts: list[str], **kwargs) -> Any:
+        if any(isinstance(image, CompressedImage) for image in images):
+            return self._call_on_compressed(images, prompts, **kwargs)
         return super().__call__(images=images or None, text=prompts, **kwargs)  # type: ignore[misc]
+
+    def _call_on_compressed(self, images: list, prompts: list[str], **kwargs) -> BatchFeature:
+        if not self.settings_class.keeps_images:
+            raise ValueError("This method compresses an image for one question: pass the picture itself.")
+        if not all(isinstance(image, CompressedImage) for image in images):
+            raise ValueError("Pass pictures or compressed images, not both at once.")
+        token, counts = self.image_token, iter(images)  # type: ignore[attr-defined]
+        texts = []
+        for prompt in prompts:
+            first, *rest = prompt.split(token)
+            texts.append(first + "".join(token * next(counts).num_placeholders + part for part in rest))
+        kwargs.pop("images_kwargs", None)
+        found = self.tokenizer(texts, **{**kwargs.pop("text_kwargs", {}), **kwargs})  # type: ignore[attr-defined]
+        return BatchFeature({**found, "compressed_images": images})
 
 
 def _flatten(images) -> list:

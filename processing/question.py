@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from foveate.processing.base import CheckedProcessorMixin
+from foveate.processing.base import CompressionProcessorMixin
 
 
 logger = logging.get_logger(__name__)
@@ -18,19 +18,22 @@ logger = logging.get_logger(__name__)
 QUESTION_TOKENIZER_FOLDER = "question_tokenizer"
 
 
-class QuestionProcessorMixin(CheckedProcessorMixin):
-    """Mixed into a processor, before the Transformers class.
+class QuestionProcessorMixin(CompressionProcessorMixin):
+    """Mixed into a processor, before its backbone's.
 
-    Which question guides an image is read from the prompt, by the rule of the method (`guiding_turn`); `question=` says
-    otherwise: one text for all, one a row, or a list a row with one text an image.
+    Which question guides an image is read from the prompt, by the rule of the method; `question=` says otherwise: one
+    text for all, one a row, or a list a row with one text an image. The rule is in the settings' class:
+
+    - `guiding_turn`: "own" is the user's turn that the image stands in, so that a later turn never changes how an
+      earlier image is compressed. "last" is the user's last turn, for all images of a prompt; a cache keeps what guided
+      it at first.
+    - `requires_question`: whether an image without a question is an error. Where it is none, its attention mask is all
+      zeros.
     """
 
-    #: "own": the user's turn that the image stands in, so that a later turn never changes how an earlier image is
-    #: compressed. "last": the user's last turn, for all images of a prompt; a cache keeps what guided it at first.
-    guiding_turn: ClassVar[str] = "own"
-
-    #: Whether an image without a question is an error. Where it is none, its attention mask is all zeros.
-    requires_question: ClassVar[bool] = True
+    def _begin(self, kwargs):
+        super()._begin(kwargs)
+        self.question_tokenizer = kwargs.pop("question_tokenizer", None)
 
     def __call__(self, images=None, text=None, question=None, **kwargs):
         """
@@ -74,7 +77,7 @@ class QuestionProcessorMixin(CheckedProcessorMixin):
         """The user's words that guide each image of a prompt."""
         user, assistant = self._turn_markers()
         places = [match.start() for match in re.finditer(re.escape(self.image_token), prompt)]
-        if places and self.guiding_turn == "last":
+        if places and self.settings_class.guiding_turn == "last":
             last = prompt.rfind(user) if user else -1
             places = [max(places[-1], last)] * len(places)
         questions = []
@@ -84,7 +87,7 @@ class QuestionProcessorMixin(CheckedProcessorMixin):
             stop = prompt.find(assistant, max(start, place)) if assistant else -1
             stop = stop if stop >= 0 else len(prompt)
             after = place + len(self.image_token)
-            if self.guiding_turn == "last" and not user and prompt[after:stop].strip():  # a raw prompt
+            if self.settings_class.guiding_turn == "last" and not user and prompt[after:stop].strip():  # a raw prompt
                 start = after
             turn = prompt[start:stop].replace(self.image_token, " ")
             for special in self.tokenizer.all_special_tokens:
@@ -97,7 +100,7 @@ class QuestionProcessorMixin(CheckedProcessorMixin):
         if isinstance(question, str) and question.strip():
             return question
         where = "" if row is None else f" of prompt {row}"
-        if self.requires_question or not isinstance(question, str):
+        if self.settings_class.requires_question or not isinstance(question, str):
             raise ValueError(
                 f"An image{where} has no question beside it, and the question guides the compression: write the "
                 "question in the same user turn as the image, or pass `question=`."

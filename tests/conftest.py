@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from foveate import convert
-from foveate.registry import METHODS, Backbone, Method
+from foveate.registry import METHODS, Method, Pair, pairs_of
 
 from .conversion.tiny_checkpoints import write_clip, write_llava, write_llava_next, write_qwen3_vl
 from .helpers.deprecations import refuse_deprecated_names
@@ -46,10 +46,10 @@ UNLIKE_THE_STOCK_MODEL = {
 }
 
 #: (method, backbone) pairs of the registry: every model class goes through the contract.
-CLASSES = [(method, backbone) for method in METHODS.values() for backbone in method.backbones]
+CLASSES = [(method, backbone) for method in METHODS.values() for backbone in pairs_of(method.name)]
 
 
-def pair_id(method: Method, backbone: Backbone) -> str:
+def pair_id(method: Method, backbone: Pair) -> str:
     return f"{method.name}-{backbone.base_model_type}"
 
 
@@ -92,7 +92,7 @@ def tiny_checkpoint(tmp_path_factory):
     """(method, backbone) → its [`TinyCheckpoint`], made when it is first asked for."""
 
     @functools.cache
-    def make(method: Method, backbone: Backbone) -> TinyCheckpoint:
+    def make(method: Method, backbone: Pair) -> TinyCheckpoint:
         write_base, write_text_encoder = TINY_BASES[backbone.base_model_type]
         base = write_base(tmp_path_factory.mktemp("base") / backbone.base_model_type, dtype=torch.float32)
         text_encoder = (

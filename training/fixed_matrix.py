@@ -21,10 +21,10 @@ from rich.progress import track
 from foveate.errors import FoveateError
 from foveate.evaluation.harness import open_checkpoint
 from foveate.evaluation.picture import draw_compression, seen_image
-from foveate.modeling.core.base import TokenProvenance
+from foveate.modeling.core.outputs import TokenProvenance
 from foveate.modeling.core.precision import dtype_name
 from foveate.modeling.core.sequence import ROLE_NAMES, SequenceModelMixin
-from foveate.modeling.layers.tile_layout import tile_grid_of
+from foveate.modeling.layers.tiles import tile_grid_of
 from foveate.training.data import Collator, Example, open_data
 from foveate.training.distillation import (
     answer_logits,

@@ -46,7 +46,7 @@ from foveate.hub_cards.manifest import MANIFEST_FILE, write_manifest
 from foveate.modeling.compatibility import CHECKPOINTING
 from foveate.modeling.core.loading import BASE_FIELDS
 from foveate.modeling.core.precision import dtype_name, fast_dtype
-from foveate.registry import METHODS
+from foveate.registry import METHODS, pairs_of
 from foveate.training.data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
 from foveate.training.distillation import Distillation
 from foveate.training.muon import MuonWithAdamW
@@ -197,7 +197,7 @@ def _make_job(
         raise FoveateError(f"There is no method '{method}': choose one of {', '.join(METHODS)}.")
     folder = find_checkpoint(checkpoint)
     config = read_config(folder)
-    of_base = {backbone.model_type: backbone.base_model_type for backbone in METHODS[method].backbones}
+    of_base = {backbone.model_type: backbone.base_model_type for backbone in pairs_of(method)}
     read = read_stage(method, stage, recipe, settings, of_base.get(config.get("model_type"), ""))
     compression = config.get("compression")
     found = compression.get("method") if isinstance(compression, dict) else None

@@ -1,80 +1,46 @@
-"""What every compressed model shares, whatever its method and backbone."""
+"""What every compressed model shares, whatever its method and backbone.
+
+A model class of a method on a backbone is put together of three: the method's mixin, the backbone's, and the stock
+class of Transformers, in this order. It is one line and a config class; so is the class with a head. The stock
+`forward` says which arguments there are, so that `generate`, PEFT and whoever else reads a signature find the ones that
+they know.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import PretrainedConfig
 
-from foveate.modeling.compatibility import StockCausalLMOutput, StockModelOutput
-from foveate.modeling.core.loading import base_of, forget_base, hub_arguments, read_all_tensors, read_generation_config
+from foveate.modeling.compatibility import register_key_mapping, slice_logits_to_keep
+from foveate.modeling.core.compressed_image import CompressedImage
+from foveate.modeling.core.loading import (
+    base_of,
+    forget_base,
+    hub_arguments,
+    read_all_tensors,
+    read_generation_config,
+)
+from foveate.modeling.core.outputs import CodeWriter, CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast
 
 
-@dataclass
-class TokenProvenance:
-    """What the visual tokens of one image are made of.
-
-    Args:
-        weights: (tokens, patches), non-negative: how much of each source patch every token holds.
-        roles: (tokens,), why each token is there, as an index into `role_names`.
-        role_names: the method's names for the roles.
-        steps: for a method that compresses in several steps, the name of each and the patches whose tokens it kept.
-        scores: for a method that asks several experts, the name of each and its score of every patch, (patches,).
-    """
-
-    weights: torch.Tensor
-    roles: torch.Tensor
-    role_names: tuple[str, ...]
-    steps: tuple[tuple[str, torch.Tensor], ...] = ()
-    scores: tuple[tuple[str, torch.Tensor], ...] = ()
-
-
-@dataclass
-class CompressedModelOutputWithPast(StockModelOutput):
-    """Output of a compressed model without a language modeling head: the stock model's, and
-
-    Args:
-        compression: one [`TokenProvenance`] an image, when `output_compression=True`.
-
-    Where the language model runs on fewer columns than the caller sees, `last_hidden_state` is in the caller's columns,
-    zeros at placeholders that have no token, the cache is a [`LogicalCache`], and `hidden_states` and `attentions` are
-    those of the language model, on the columns that it runs on.
-    """
-
-    compression: list[TokenProvenance] | None = None
-
-
-@dataclass
-class CompressedCausalLMOutputWithPast(StockCausalLMOutput):
-    """Output of a compressed model with a language modeling head: the stock model's, with `compression` as in
-    [`CompressedModelOutputWithPast`], and with logits in the caller's columns."""
-
-    compression: list[TokenProvenance] | None = None
-
-
-class CompressedModelMixin:
-    """Mixed into every compressed model, before the Transformers class."""
+class SavedCompressionMixin:
+    """How a compressed model is loaded, saved and set; mixed into the classes with and without a head."""
 
     #: Writes the flat remote code beside a saved checkpoint. Set by the foveate package; a class that was itself loaded
     #: from such code leaves that to Transformers, which copies its files.
-    code_writer: ClassVar[Callable[[type, str], None] | None] = None
+    code_writer: ClassVar[CodeWriter | None] = None
 
     #: Parts that quantisation leaves as they are, by their names in a model without a head: what sees, and what
     #: compresses. They are a small share of the weights, and where little is kept, its choice should be the best.
-    full_precision: ClassVar[tuple[str, ...]] = (
-        "vision_tower",
-        "visual",
-        "compressor",
-        "question_encoder",
-        "question_projector",
-        "visual_projection",
-    )
+    full_precision: ClassVar[tuple[str, ...]] = ("vision_tower", "visual")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, quantization_config=None, **kwargs):
@@ -101,7 +67,7 @@ class CompressedModelMixin:
         _unlink_shared_weights(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if self.code_writer is not None:
-            type(self).code_writer(type(self), save_directory)
+            type(self).code_writer(type(self), save_directory)  # type: ignore[misc]
 
     def set_compression(self, processor: Any = None, keep_ratio: float | None = None, **changes) -> None:
         """Changes settings of the compression on this model, and on its processor, without converting again.
@@ -118,10 +84,218 @@ class CompressedModelMixin:
         if processor is not None:
             processor.set_compression(settings)
 
+
+class CompressedModelMixin(SavedCompressionMixin):
+    """Mixed into a model without a head, before the Transformers class."""
+
+    #: Names of the modules that a method adds, and the classes among them that begin in a way of their own.
+    added_modules: ClassVar[tuple[str, ...]] = ()
+    own_modules: ClassVar[tuple[type, ...]] = ()
+
+    #: Inputs that images come in, the pixels first: of the backbone.
+    visual_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    #: Inputs with one entry an image that a method adds to them.
+    guiding_inputs: ClassVar[tuple[str, ...]] = ()
+
+    #: What a method takes in place of images.
+    image_substitutes: ClassVar[tuple[str, ...]] = ()
+
+    #: Arguments of the stock `forward` that are not taken here.
+    unused_inputs: ClassVar[frozenset[str]] = frozenset({"vision_feature_layer", "vision_feature_select_strategy"})
+
+    #: Whether the published names of the weights lack the "model." that a method's own are saved without as well.
+    publishes_short_names: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        stock = stock_class(cls)
+        if stock is None:
+            return
+        cls.full_precision = (*SavedCompressionMixin.full_precision, *cls.added_modules)
+        own = (*cls.guiding_inputs, *cls.image_substitutes, "output_compression")
+        signature = _signature(stock.forward, own, cls.unused_inputs)  # type: ignore[attr-defined]
+        cls.forward = _with_signature(cls.forward, signature)  # type: ignore[attr-defined]
+        cls.get_image_features = _with_signature(  # type: ignore[attr-defined]
+            cls.get_image_features,  # type: ignore[attr-defined]
+            _signature_of_images((*cls.visual_inputs, *cls.guiding_inputs)),
+        )
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.add_modules(config)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def add_modules(self, config: Any) -> None:
+        """Gives the stock model what the method adds to it (`added_modules`)."""
+
+    def _init_weights(self, module):
+        if isinstance(module, self.own_modules):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    def compress(self, *args, **kwargs) -> list[CompressedImage]:
+        """Reads images once, for any number of questions in any process."""
+        raise ValueError(
+            f"The method '{self.config.compression.method}' compresses an image for one question: pass the image "  # type: ignore[attr-defined]
+            "itself with every question."
+        )
+
+    def _find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """(batch, columns) bool."""
+        image_token_id = self.config.image_token_id  # type: ignore[attr-defined]
+        if input_ids is not None:
+            return input_ids == image_token_id
+        token = torch.tensor(image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)  # type: ignore[attr-defined]
+
+    def _returned(self, output: Any, return_dict: bool | None) -> Any:
+        wanted = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
+        return output if wanted else output.to_tuple()
+
+
+class CompressedGenerationMixin(SavedCompressionMixin):
+    """Mixed into the model with a head, before the Transformers class.
+
+    Attributes:
+        model_class: the class of the model without a head.
+    """
+
+    model_class: ClassVar[type[CompressedModelMixin]]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        stock = stock_class(cls)
+        if stock is None:
+            return
+        model = cls.model_class
+        cls.full_precision = model.full_precision
+        if model._keep_in_fp32_modules:  # type: ignore[attr-defined]
+            cls._keep_in_fp32_modules = model._keep_in_fp32_modules  # type: ignore[attr-defined]
+        own = (*model.guiding_inputs, *model.image_substitutes, "output_compression")
+        signature = _signature(stock.forward, own, model.unused_inputs)  # type: ignore[attr-defined]
+        cls.forward = _with_signature(cls.forward, signature)  # type: ignore[method-assign]
+        images = _signature_of_images((*model.visual_inputs, *model.guiding_inputs))
+        cls.get_image_features = _with_signature(cls.get_image_features, images)  # type: ignore[method-assign]
+        if model.publishes_short_names:
+            register_key_mapping(model, cls, model.added_modules)
+
+    def __init__(self, config):
+        super().__init__(config)
+        # The stock class makes its model by name; ours is the same one with more modules and other methods.
+        self.model.__class__ = self.model_class
+        self.model.add_modules(config)
+        self.model.post_init()
+        self.post_init()  # type: ignore[attr-defined]
+
+    @property
+    def image_inputs(self) -> tuple[str, ...]:
+        """Inputs with one entry an image, the pixels first."""
+        model = self.model_class
+        stored = tuple(name for name in model.image_substitutes if name == "compressed_images")
+        return (*model.visual_inputs, *model.guiding_inputs, *stored)
+
+    def forward(
+        self,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> CompressedCausalLMOutputWithPast | tuple:
+        """
+        Args:
+            labels: (batch, columns), −100 where no loss is wanted.
+            logits_to_keep: the number of last columns (0: all), or their indices.
+            kwargs: as in the model without a head.
+        """
+        output = self.model(return_dict=True, **kwargs)  # type: ignore[attr-defined]
+        logits = self.lm_head(slice_logits_to_keep(output.last_hidden_state, logits_to_keep))  # type: ignore[attr-defined]
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        return self._with_logits(output, loss, logits, return_dict)
+
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.loss_function(  # type: ignore[attr-defined]
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.get_text_config().vocab_size,  # type: ignore[attr-defined]
+            num_items_in_batch=num_items_in_batch,
+        )
+
+    def _with_logits(
+        self,
+        output: CompressedModelOutputWithPast,
+        loss: torch.Tensor | None,
+        logits: torch.Tensor,
+        return_dict: bool | None,
+    ) -> CompressedCausalLMOutputWithPast | tuple:
+        """The output of the model with a head, of what the model without one returned."""
+        shared = {name: value for name, value in output.items() if name not in ("last_hidden_state", *_INTERNAL)}
+        causal = CompressedCausalLMOutputWithPast(loss=loss, logits=logits, **shared)
+        return_dict = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
+        return causal if return_dict else causal.to_tuple()
+
+    def get_image_features(self, **images):
+        """See the model without a head."""
+        return self.model.get_image_features(**images)  # type: ignore[attr-defined]
+
+    def compress(self, *args, **kwargs) -> list[CompressedImage]:
+        """See the model without a head."""
+        return self.model.compress(*args, **kwargs)  # type: ignore[attr-defined]
+
     def set_trained_budget(self, num_visual_tokens: int, processor: Any = None) -> None:
         """Changes the budget that the model is about to be trained at: as `set_compression`, but weights whose shape
         says the budget follow it."""
-        self.set_compression(processor, num_visual_tokens=num_visual_tokens)
+        resize = getattr(self.model, "resize_budget", None)  # type: ignore[attr-defined]
+        if resize is None:
+            return self.set_compression(processor, num_visual_tokens=num_visual_tokens)
+        settings = resize(num_visual_tokens)
+        if processor is not None:
+            processor.set_compression(settings)
+        return None
+
+
+_INTERNAL = ("physical_sequence",)
+
+
+def stock_class(cls: type) -> type | None:
+    """The class of Transformers that a class is made of; `None` for a mixin."""
+    return next((base for base in cls.__mro__ if base.__module__.startswith("transformers.models.")), None)
+
+
+def _signature(function: Callable, added: Iterable[str], removed: Iterable[str]) -> inspect.Signature:
+    """A function's signature with arguments added, `None` by default, and some taken out."""
+    signature = inspect.signature(function)
+    known = [p for p in signature.parameters.values() if p.name not in removed]
+    *known, wildcard = known if known[-1].kind is inspect.Parameter.VAR_KEYWORD else [*known, None]
+    names = {parameter.name for parameter in known}
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in added if name not in names]
+    wildcard = wildcard or inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    return signature.replace(parameters=[*known, *own, wildcard])
+
+
+def _signature_of_images(names: Iterable[str]) -> inspect.Signature:
+    """Of a method that takes images by these names; `generate` reads there which inputs to hand on."""
+    named = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
+    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return inspect.Signature([self, *named, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
+
+
+def _with_signature(function: Callable, signature: inspect.Signature) -> Callable:
+    """A method that takes its arguments by name, with another signature, by which those without a name are known."""
+    function = inspect.unwrap(function, stop=lambda f: not hasattr(f, "_is_bound_by_name"))
+    names = [name for name, p in signature.parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
+
+    @functools.wraps(function)
+    def by_name(self, *args, **kwargs):
+        return function(self, **dict(zip(names, args)), **kwargs)
+
+    by_name._is_bound_by_name = True  # type: ignore[attr-defined]
+    by_name.__signature__ = signature  # type: ignore[attr-defined]
+    return by_name
 
 
 def _leaving_out(quantization_config: Any, modules: list[str]) -> Any:
@@ -147,41 +321,3 @@ def _unlink_shared_weights(folder: str | os.PathLike) -> None:
     for path in Path(folder).glob("*.safetensors"):
         if path.stat().st_nlink > 1:
             path.unlink()
-
-
-def keep_logits(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """(batch, length, width) at the last columns (0: all of them), or at the columns of the given indices."""
-    return values[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else values[:, logits_to_keep]
-
-
-def with_logits(
-    output: CompressedModelOutputWithPast, loss: torch.Tensor | None, logits: torch.Tensor
-) -> CompressedCausalLMOutputWithPast:
-    """The output of a model with a head, of what the model without one returned."""
-    shared = {name: value for name, value in output.items() if name != "last_hidden_state"}
-    return CompressedCausalLMOutputWithPast(loss=loss, logits=logits, **shared)
-
-
-class CompressedGenerationMixin(CompressedModelMixin):
-    """Mixed into the model with a head, where its last hidden states are in the caller's columns."""
-
-    def _with_head(
-        self,
-        output: CompressedModelOutputWithPast,
-        labels: torch.LongTensor | None,
-        logits_to_keep: int | torch.Tensor,
-        return_dict: bool | None,
-        num_items_in_batch: int | torch.Tensor | None = None,
-    ) -> CompressedCausalLMOutputWithPast | tuple:
-        logits = self.lm_head(keep_logits(output.last_hidden_state, logits_to_keep))  # type: ignore[attr-defined]
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(  # type: ignore[attr-defined]
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.text_config.vocab_size,  # type: ignore[attr-defined]
-                num_items_in_batch=num_items_in_batch,
-            )
-        causal = with_logits(output, loss, logits)
-        return_dict = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
-        return causal if return_dict else causal.to_tuple()

@@ -25,6 +25,8 @@ class CompressedImage:
         prefix: (length,), the ids of that text.
         before: digest of the image before it in that text, "" for the first.
         grid: height and width in tokens, where position ids need them.
+        deepstack: (layers, tokens, width), what is added in the first layers of a language model that reads such.
+        places: (tokens, 2), row and column of every token in the grid, where position ids need them.
     """
 
     method: str
@@ -35,6 +37,8 @@ class CompressedImage:
     prefix: torch.Tensor | None = None
     before: str = ""
     grid: tuple[int, int] | None = None
+    deepstack: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

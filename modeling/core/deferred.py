@@ -6,12 +6,27 @@ import torch
 from transformers import Cache, DynamicCache
 
 from foveate.modeling.compatibility import cache_argument, checkpoints_activations, takes_cache
-from foveate.modeling.core.base import CompressedModelMixin
+from foveate.modeling.core.base import CompressedGenerationMixin, CompressedModelMixin
 from foveate.modeling.core.cache import LogicalCache
+from foveate.modeling.core.image_inputs import ImageInputsMixin
 
 
-class LogicalModelMixin(CompressedModelMixin):
+class DeferredGenerationMixin(ImageInputsMixin, CompressedGenerationMixin):
+    """Mixed into the model with a head, before the Transformers class."""
+
+    _can_compile_fullgraph = False
+
+    @takes_cache
+    def prepare_inputs_for_generation(self, input_ids, cache=None, **kwargs):
+        if cache is not None:
+            cache = LogicalCache.wrap(cache, len(input_ids), input_ids.device)
+        return super().prepare_inputs_for_generation(input_ids, **cache_argument(cache), **kwargs)  # type: ignore[misc]
+
+
+class DeferredModelMixin(CompressedModelMixin):
     """Mixed into a model without a head, before the Transformers class."""
+
+    unused_inputs = CompressedModelMixin.unused_inputs | {"mm_encoder_outputs"}
 
     _can_compile_fullgraph = False  # the length of the physical sequence is data
 
@@ -52,23 +67,3 @@ class LogicalModelMixin(CompressedModelMixin):
                 return None
             cache = DynamicCache(config=text_config)
         return LogicalCache.wrap(cache, batch_size, device)
-
-    def _find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """(batch, columns) bool."""
-        image_token_id = self.config.image_token_id  # type: ignore[attr-defined]
-        if input_ids is not None:
-            return input_ids == image_token_id
-        token = torch.tensor(image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)  # type: ignore[attr-defined]
-
-
-class LogicalGenerationMixin:
-    """Mixed into the model with a head, before the Transformers class."""
-
-    _can_compile_fullgraph = False
-
-    @takes_cache
-    def prepare_inputs_for_generation(self, input_ids, cache=None, **kwargs):
-        if cache is not None:
-            cache = LogicalCache.wrap(cache, len(input_ids), input_ids.device)
-        return super().prepare_inputs_for_generation(input_ids, **cache_argument(cache), **kwargs)  # type: ignore[misc]

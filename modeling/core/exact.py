@@ -3,105 +3,92 @@
 The processor writes exactly that many placeholders, so logical and physical columns are the same, and everything of the
 stock model but its images stays: stock caches, stock `generate`, serving engines that count placeholders. Compression
 happens inside `get_image_features`, which is the door that pre-encoding and serving engines use.
+
+The stock `forward` could call it by itself, but hands on neither the inputs that guide a method nor what compressed
+images hold, and before 5.23 it takes no encoded images: so the one `forward` below encodes, and lets the stock one run
+the rest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from foveate.modeling.compatibility import image_features_output, image_fields
-from foveate.modeling.core.base import (
-    CompressedGenerationMixin,
-    CompressedModelMixin,
-    CompressedModelOutputWithPast,
-    TokenProvenance,
-)
+from foveate.modeling.compatibility import image_features_output
+from foveate.modeling.core.base import CompressedGenerationMixin, CompressedModelMixin
 from foveate.modeling.core.compressed_image import CompressedImage
 from foveate.modeling.core.image_inputs import ImageInputsMixin
+from foveate.modeling.core.outputs import CompressedModelOutputWithPast, Images, VisualTokens
 
 
-@dataclass
-class CompressedImages:
-    """Visual tokens of a batch of images.
-
-    Args:
-        tokens: (tokens of all images, width of the language model), image after image.
-        counts: tokens of each image.
-        provenance: one an image, when it was asked for.
-    """
-
-    tokens: torch.Tensor
-    counts: list[int]
-    provenance: list[TokenProvenance] | None = None
+class ExactGenerationMixin(ImageInputsMixin, CompressedGenerationMixin):
+    """Mixed into the model with a head, before the Transformers class."""
 
 
-class ExactCountModelMixin(CompressedModelMixin):
-    """Mixed into a model without a head, before the Transformers class."""
+class ExactModelMixin(CompressedModelMixin):
+    """Mixed into a model without a head, before its backbone's mixin. A method brings `compress_images`."""
 
-    #: Inputs of `compress_images` that images come in.
-    visual_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
-
-    def compress_images(self, pixel_values: torch.Tensor, *, trace: bool = False, **images) -> CompressedImages:
+    def compress_images(self, images: Images, trace: bool = False) -> VisualTokens:
         """Encodes and compresses images.
 
         Args:
-            pixel_values: as the processor gives them.
+            images: what the processor returns for them, by name.
             trace: whether to say what the tokens are made of.
-            images: what else the processor gives for each image.
         """
         raise NotImplementedError
 
-    def _image_features(self, **images):
-        """What `get_image_features` returns in this version of Transformers: a (tokens, width) tensor an image."""
-        compressed = self.compress_images(**images)
-        return image_features_output(list(compressed.tokens.split(compressed.counts)))
+    def get_image_features(self, **images):
+        """The compressed visual tokens, one (tokens, width) tensor an image, in the form that this version of
+        Transformers gives its own models' image features."""
+        compressed = self.compress_images(images)
+        return image_features_output(compressed.sequences, compressed.deepstack)
 
-    def _forward(
+    def forward(
         self,
-        images: dict[str, Any],
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.FloatTensor | None,
-        mm_encoder_outputs: dict[str, Any] | None,
-        output_compression: bool,
-        sequences: list[torch.Tensor] | None = None,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        output_compression: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
-    ) -> CompressedModelOutputWithPast:
-        """Puts the compressed visual tokens in their columns, and lets the stock model run on the rest. `sequences`:
-        the tokens of each image, (tokens, width), where they are there already."""
+    ) -> CompressedModelOutputWithPast | tuple:
+        """
+        Args:
+            input_ids: (batch, length), with as many placeholders an image as it has tokens after compression.
+            mm_encoder_outputs: what `get_image_features` gave, under "image", in place of `pixel_values`.
+            output_compression: also return where each visual token comes from.
+            kwargs: the images of all rows, row after row, as the processor returns them (`visual_inputs`,
+                `guiding_inputs`), or what stands in their place (`image_substitutes`); and as in the stock class.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of input_ids and inputs_embeds.")
+        images = {name: kwargs.pop(name, None) for name in (*self.visual_inputs, *self.guiding_inputs)}
+        substitutes = {name: kwargs.pop(name, None) for name in self.image_substitutes}
         encoded = (mm_encoder_outputs or {}).get("image")
-        has_images = any(images[name] is not None and len(images[name]) > 0 for name in self.visual_inputs)
-        if has_images + (encoded is not None) + (sequences is not None) > 1:
-            raise ValueError("Pass one of pixel_values, mm_encoder_outputs and compressed_images.")
+        self._check_inputs([images["pixel_values"], encoded, *substitutes.values()])
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
-        provenance = None
+        compressed = None
         if encoded is not None:
             sequences = list(encoded.pooler_output)
-        elif has_images:
-            compressed = self.compress_images(**images, trace=output_compression)
-            sequences, provenance = list(compressed.tokens.split(compressed.counts)), compressed.provenance
-        if sequences is not None:
-            tokens = torch.cat(sequences).to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(self._columns_of(tokens, input_ids, inputs_embeds), tokens)
-        # The stock forward pass is left without images: it runs the language model.
-        output = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)  # type: ignore[misc]
-        return CompressedModelOutputWithPast(**output, **image_fields(sequences), compression=provenance)
+            compressed = VisualTokens(torch.cat(sequences), [len(tokens) for tokens in sequences])
+        elif substitutes.get("compressed_images") is not None:
+            compressed = self.join_compressed_images(substitutes["compressed_images"])
+        elif images["pixel_values"] is not None or any(given is not None for given in substitutes.values()):
+            compressed = self.compress_images({**images, **substitutes}, bool(output_compression))
+        output = self.run_with_images(input_ids, inputs_embeds, compressed, **kwargs)
+        return self._returned(output, return_dict)
+
+    def _check_inputs(self, images: list[Any]) -> None:
+        if sum(given is not None for given in images) > 1:
+            raise ValueError("Pass one of pixel_values, mm_encoder_outputs and compressed_images.")
 
     def _columns_of(
         self, tokens: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
     ) -> torch.Tensor:
         """(batch, columns, 1) bool, where the visual tokens go. Raises `ValueError` where their numbers differ."""
-        image_token_id = self.config.image_token_id  # type: ignore[attr-defined]
-        if input_ids is not None:
-            is_placeholder = input_ids == image_token_id
-        else:
-            token = torch.tensor(image_token_id, device=inputs_embeds.device)
-            is_placeholder = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)  # type: ignore[attr-defined]
+        is_placeholder = self._find_placeholders(input_ids, inputs_embeds)
         found = int(is_placeholder.sum())
         if found != len(tokens):
             raise ValueError(
@@ -111,51 +98,53 @@ class ExactCountModelMixin(CompressedModelMixin):
             )
         return is_placeholder[..., None]
 
+    def join_compressed_images(self, images: list[CompressedImage]) -> VisualTokens:
+        """The tokens of images that were compressed before."""
+        raise NotImplementedError
 
-class PromptAgnosticModelMixin(ExactCountModelMixin):
-    """Mixed into a model without a head whose visual tokens depend on no text, before the Transformers class: images
-    can be compressed once, and asked about often."""
 
-    def compress(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        pixel_values: torch.Tensor,
-        image_sizes: torch.Tensor | None = None,
-    ) -> list[CompressedImage]:
+class PromptAgnosticModelMixin(ExactModelMixin):
+    """Mixed into a model without a head whose visual tokens depend on no text, before its backbone's mixin: images can
+    be compressed once, and asked about often."""
+
+    image_substitutes = ("compressed_images",)
+
+    def compress(self, input_ids=None, attention_mask=None, **inputs: Any) -> list[CompressedImage]:
         """Reads images once, for any number of questions in any process: their tokens depend on no text.
 
         Args:
-            pixel_values, image_sizes: from the processor; what else it returns is not looked at.
+            inputs: from the processor; what else it returns is not looked at.
 
         Returns:
             One an image. `generate` and `forward` take them as `compressed_images`, the processor as `images`.
         """
+        images = {name: inputs.get(name) for name in self.visual_inputs}
+        if images["pixel_values"] is None:
+            raise ValueError("There is no image to compress: pass what the processor returns for prompts with images.")
         with torch.no_grad():
-            compressed = self.compress_images(pixel_values, image_sizes)  # type: ignore[misc]
-        return self._as_compressed_images(compressed)
-
-    def _as_compressed_images(self, compressed: CompressedImages) -> list[CompressedImage]:
-        tokens = compressed.tokens.split(compressed.counts)
+            found = self.compress_images(images)
+        parts: dict[str, Any] = {"embeddings": found.tokens.split(found.lengths)}
+        if found.deepstack:
+            parts["deepstack"] = torch.stack(found.deepstack).split(found.lengths, dim=1)
+        if found.places is not None:
+            parts["places"] = found.places.split(found.lengths)
+        grids = [None] * len(found.lengths) if found.grids is None else [tuple(grid) for grid in found.grids.tolist()]
+        method = self.config.compression.method  # type: ignore[attr-defined]
         return [
-            CompressedImage(self.config.compression.method, len(found), embeddings=found.clone())  # type: ignore[attr-defined]
-            for found in tokens
+            CompressedImage(method, length, grid=grid, **{name: part[index].clone() for name, part in parts.items()})
+            for index, (length, grid) in enumerate(zip(found.lengths, grids))
         ]
 
-    def _width(self) -> int:
-        """Of what `compress_images` gives."""
-        return self.config.text_config.hidden_size  # type: ignore[attr-defined]
-
-    def _sequences_of(self, images: list[CompressedImage] | None) -> list[torch.Tensor] | None:
-        """The tokens, (tokens, width), of images that were compressed before."""
-        if images is None:
-            return None
-        method, width = self.config.compression.method, self._width()  # type: ignore[attr-defined]
+    def join_compressed_images(self, images: list[CompressedImage]) -> VisualTokens:
+        method, width = self.config.compression.method, self.config.get_text_config().hidden_size  # type: ignore[attr-defined]
+        layers = self.num_deepstack_layers
         for image in images:
-            image.require(method, image.embeddings is not None and image.embeddings.shape[1] == width)
-        return [image.embeddings for image in images]  # type: ignore[misc]
-
-
-class ExactCountGenerationMixin(ImageInputsMixin, CompressedGenerationMixin):
-    """Mixed into the model with a head, before the Transformers class."""
+            fits = image.embeddings is not None and image.embeddings.shape[1] == width
+            image.require(method, fits and (0 if image.deepstack is None else len(image.deepstack)) == layers)
+        tokens = torch.cat([image.embeddings for image in images])  # type: ignore[misc]
+        joined = VisualTokens(tokens, [image.num_tokens for image in images])
+        if layers:
+            joined.deepstack = list(torch.cat([image.deepstack for image in images], dim=1))  # type: ignore[misc]
+            joined.places = torch.cat([image.places for image in images])  # type: ignore[misc]
+            joined.grids = torch.tensor([image.grid for image in images])
+        return joined

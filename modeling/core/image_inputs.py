@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from foveate.modeling.compatibility import CACHE, cache_argument, takes_cache
+from foveate.modeling.core.outputs import Images
 
 
 class ImageInputsMixin:
@@ -17,16 +18,17 @@ class ImageInputsMixin:
     (`mm_encoder_outputs`, Transformers ≥ 5.23).
     """
 
-    #: Inputs with one entry an image, the pixels first.
-    image_inputs: ClassVar[tuple[str, ...]]
-
-    def count_placeholders(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
-        """How many columns each image takes, (images,), from the inputs of uncompressed images."""
-        raise NotImplementedError
+    def count_placeholders(self, images: Images) -> torch.Tensor:
+        """Columns that each image takes, (images,), from the inputs of uncompressed images."""
+        return self.model.count_placeholders(images)  # type: ignore[attr-defined]
 
     def take_images(self, images: dict[str, Any], chosen: torch.Tensor) -> dict[str, Any]:
         """The inputs of some images, (indices,), at least one."""
-        return {name: None if value is None else _entries(value, chosen) for name, value in images.items()}
+        return self.model.take_images(images, chosen)  # type: ignore[attr-defined]
+
+    def uncompressed_lengths(self, images: Images) -> list[int]:
+        """Visual tokens of each image without compression, from its inputs."""
+        return [sum(lengths) + between for lengths, between in self.model.crop_lengths(images)]  # type: ignore[attr-defined]
 
     @takes_cache
     def prepare_inputs_for_generation(self, input_ids, cache=None, **kwargs):
@@ -131,10 +133,6 @@ def locate_images(is_placeholder: torch.Tensor, counts: torch.Tensor) -> tuple[t
 
 def _lengths(features: list[torch.Tensor], input_ids: torch.Tensor) -> torch.Tensor:
     return torch.tensor([len(tokens) for tokens in features], device=input_ids.device)
-
-
-def _entries(value: Any, chosen: torch.Tensor) -> Any:
-    return value[chosen.to(value.device)] if torch.is_tensor(value) else [value[index] for index in chosen.tolist()]
 
 
 def _take_encoded(encoded: dict[str, Any], chosen: torch.Tensor | None) -> dict[str, Any] | None:

@@ -10,12 +10,12 @@ from transformers import Cache
 from foveate.modeling.compatibility import cache_argument, cache_positions, fields_with_cache
 from foveate.modeling.core.base import CompressedModelOutputWithPast
 from foveate.modeling.core.cache import LogicalCache
-from foveate.modeling.core.deferred import LogicalModelMixin
+from foveate.modeling.core.deferred import DeferredModelMixin
 from foveate.modeling.core.physical_sequence import lay_out
 from foveate.modeling.core.positions import line_positions
 
 
-class PlacedModelMixin(LogicalModelMixin):
+class PlacedModelMixin(DeferredModelMixin):
     """Mixed into a model without a head, before the Transformers class."""
 
     def _position_ids(self, positions: torch.Tensor) -> torch.Tensor:

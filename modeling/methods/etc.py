@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
 from transformers.utils import logging
 
+from foveate.configuration.etc import ETCSettings
 from foveate.modeling.compatibility import (
     cache_argument,
     cache_of,
@@ -24,19 +24,14 @@ from foveate.modeling.compatibility import (
     fields_with_cache,
     image_fields,
     takes_cache,
-    without_cache_positions,
     write_to_cache,
-)
-from foveate.modeling.core.base import (
-    CompressedGenerationMixin,
-    CompressedModelOutputWithPast,
-    TokenProvenance,
 )
 from foveate.modeling.core.cache import LogicalCache
 from foveate.modeling.core.compressed_image import CompressedImage
-from foveate.modeling.core.deferred import LogicalGenerationMixin
+from foveate.modeling.core.declarations import Method
+from foveate.modeling.core.deferred import DeferredGenerationMixin
 from foveate.modeling.core.evicting_cache import EvictingCache
-from foveate.modeling.core.image_inputs import ImageInputsMixin
+from foveate.modeling.core.outputs import CompressedModelOutputWithPast, TokenProvenance, VisualTokens
 from foveate.modeling.core.placed import PlacedModelMixin
 from foveate.modeling.core.positions import line_positions
 from foveate.modeling.layers.decoder_attention import attention_over, watched_attention
@@ -47,6 +42,7 @@ from foveate.modeling.methods.etc_algorithm import (
     bottleneck_mask,
     locate_columns,
     plan_passes,
+    positions_on_grids,
 )
 
 
@@ -56,46 +52,37 @@ ROLE_NAMES = ("compressed",)
 MASK_KERNELS = ("eager", "sdpa")  # attention that takes a mask of any shape
 
 
-@dataclass
-class EncodedImages:
-    """What the language model gets of images.
+class ETCGenerationMixin(DeferredGenerationMixin):
+    """Mixed into the model with a head, before the Transformers class."""
 
-    Args:
-        tokens: (visual tokens of all images, width), image after image.
-        lengths: visual tokens of each.
-        grids: (images, 2), height and width of each in tokens, where positions need them.
-        deepstack: for each of the first layers (visual tokens of all images, width), to add after it.
-    """
-
-    tokens: torch.Tensor
-    lengths: list[int]
-    grids: torch.Tensor | None = None
-    deepstack: list[torch.Tensor] | None = None
+    @takes_cache
+    def prepare_inputs_for_generation(self, input_ids, cache=None, use_cache=None, **kwargs):
+        if use_cache is False:
+            logger.warning_once("Without a cache ETC reads every image again for every token, and nothing is freed.")
+        return super().prepare_inputs_for_generation(input_ids, **cache_argument(cache), use_cache=use_cache, **kwargs)
 
 
 class ETCModelMixin(PlacedModelMixin):
-    """Mixed into a model without a head, before the Transformers class. A backbone brings `encode_images` and, where
-    positions are not a line, `positions_of`."""
+    """The compressed tokens beside the stock model, to which DeepStack adds nothing."""
 
-    #: What `encode_images` takes, the pixels first.
-    visual_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    added_modules = ("compressor",)
+    own_modules = (CompressedTokens,)
+    image_substitutes = ("compressed_images",)
 
-    def _add_compressor(self, config) -> None:
-        self.compressor = CompressedTokens(config.compression.trained_tokens, config.text_config.hidden_size)
+    def add_modules(self, config):
+        self.compressor = CompressedTokens(config.compression.trained_tokens, config.get_text_config().hidden_size)
 
-    def _init_weights(self, module):
-        if isinstance(module, CompressedTokens):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
-
-    def encode_images(self, **images: torch.Tensor | None) -> EncodedImages:
-        """The stock model's visual tokens."""
-        raise NotImplementedError
+    def resize_budget(self, num_visual_tokens: int) -> ETCSettings:
+        """Gives the model this many compressed tokens: the first of those that it has, and new ones after them."""
+        changes = {"num_visual_tokens": num_visual_tokens, "trained_tokens": num_visual_tokens}
+        settings = dataclasses.replace(self.config.compression, **changes).resolve(self.config)
+        self.compressor.resize(num_visual_tokens)
+        self.config.compression = settings
+        return settings
 
     def positions_of(self, columns: ImageColumns, grids: torch.Tensor | None) -> torch.Tensor:
         """Position ids, (dimensions, batch, columns), from 0 in each row, on the host."""
-        return line_positions(columns.present)
+        return line_positions(columns.present) if grids is None else positions_on_grids(columns, grids)
 
     def compress(
         self,
@@ -148,9 +135,42 @@ class ETCModelMixin(PlacedModelMixin):
             found.append(made)
         return found
 
-    def _run_prompt(self, images, compressed_images, **prompt) -> CompressedModelOutputWithPast:
-        """A forward pass; see `_run`."""
-        return self._run(images, compressed_images, **prompt)[0]
+    @takes_cache
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        compressed_images: list[CompressedImage] | None = None,
+        use_cache: bool | None = None,
+        output_compression: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CompressedModelOutputWithPast | tuple:
+        """
+        Args:
+            input_ids, attention_mask: (batch, columns), for every image n + M placeholders; with a cache, `input_ids`
+                holds the new columns and `attention_mask` all of them.
+            position_ids: ignored: they follow from the columns.
+            compressed_images: what `compress` returned, in place of the backbone's inputs.
+            output_compression: also return what each compressed token attends to.
+            kwargs: the images of all rows, row after row, as the processor returns them; and for the language model.
+        """
+        images = {name: kwargs.pop(name, None) for name in self.visual_inputs}
+        output, _, _ = self._run(
+            images,
+            compressed_images,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            cache=cache,
+            use_cache=use_cache,
+            output_compression=bool(output_compression),
+            **self.without_unread_inputs(kwargs),
+        )
+        return self._returned(output, return_dict)
 
     def _run(
         self,
@@ -165,13 +185,12 @@ class ETCModelMixin(PlacedModelMixin):
         output_compression: bool = False,
         images_alone: bool = False,
         **kwargs: Any,
-    ) -> tuple[CompressedModelOutputWithPast, ImageColumns | None, EncodedImages | None]:
+    ) -> tuple[CompressedModelOutputWithPast, ImageColumns | None, VisualTokens | None]:
         """The forward pass. `images_alone`: leave out what follows the last images.
 
         Returns:
             The output, in the caller's columns; where the images lie in them and what was made of them, if there are.
         """
-        kwargs = without_cache_positions(kwargs)
         masked = self.training and cache is None and self._takes_masks  # type: ignore[attr-defined]
         inputs_embeds, present, logical = self._open_columns(
             input_ids, inputs_embeds, attention_mask, cache, False if masked else use_cache
@@ -187,7 +206,7 @@ class ETCModelMixin(PlacedModelMixin):
         if compressed_images is not None:
             encoded = self._take_compressed(compressed_images, logical, num_compressed)
         else:
-            encoded = self.encode_images(**images)
+            encoded = self.read_images(images)
         # The one time that the host waits for the device: where the images are.
         is_placeholder = self._find_placeholders(input_ids, inputs_embeds)
         on_host = torch.stack([is_placeholder, torch.ones_like(is_placeholder) if present is None else present]).cpu()
@@ -238,12 +257,12 @@ class ETCModelMixin(PlacedModelMixin):
         inputs_embeds: torch.Tensor,
         columns: ImageColumns,
         positions: torch.Tensor,
-        encoded: EncodedImages,
+        encoded: VisualTokens,
         watch: _Provenance | None,
         **kwargs: Any,
     ) -> CompressedModelOutputWithPast:
         mask = bottleneck_mask(columns, inputs_embeds.dtype, inputs_embeds.device)
-        if encoded.deepstack is not None:
+        if encoded.deepstack:
             kwargs["visual_pos_masks"] = columns.visual.to(inputs_embeds.device)
             kwargs["deepstack_visual_embeds"] = encoded.deepstack
         with watch.over(None) if watch is not None else nullcontext():
@@ -255,7 +274,7 @@ class ETCModelMixin(PlacedModelMixin):
         inputs_embeds: torch.Tensor,
         columns: ImageColumns,
         positions: torch.Tensor,
-        encoded: EncodedImages,
+        encoded: VisualTokens,
         cache: LogicalCache,
         compressed_images: list[CompressedImage] | None,
         watch: _Provenance | None,
@@ -285,7 +304,7 @@ class ETCModelMixin(PlacedModelMixin):
                 if step.kept is not None:
                     kept = step.kept.to(device)
                     inner = EvictingCache(cache.inner, past, kept)
-                if encoded.deepstack is not None:
+                if encoded.deepstack:
                     at_visual = visual.gather(1, step.columns.clamp(min=0)) & (step.columns >= 0)
                     chosen = rank.gather(1, step.columns.clamp(min=0))[at_visual].to(device)
                     kwargs["visual_pos_masks"] = at_visual.to(device)
@@ -334,7 +353,7 @@ class ETCModelMixin(PlacedModelMixin):
 
     def _take_compressed(
         self, images: list[CompressedImage], cache: LogicalCache | None, num_compressed: int
-    ) -> EncodedImages:
+    ) -> VisualTokens:
         """Their numbers of visual tokens and grids. Raises `ValueError` where they can't be used."""
         method = self.config.compression.method  # type: ignore[attr-defined]
         if cache is None:
@@ -356,7 +375,7 @@ class ETCModelMixin(PlacedModelMixin):
                 )
         grids = None if any(image.grid is None for image in images) else torch.tensor([image.grid for image in images])
         lengths = [image.num_placeholders - num_compressed for image in images]
-        return EncodedImages(self.compressor.embeddings[:0], lengths, grids)
+        return VisualTokens(self.compressor.embeddings[:0], lengths, grids=grids)
 
     def _check_prefixes(
         self, images: list[CompressedImage], columns: ImageColumns, input_ids: torch.Tensor | None
@@ -442,24 +461,25 @@ class _Provenance:
         return [TokenProvenance(found[:, :n], roles, ROLE_NAMES) for found, n in zip(self.weights, lengths)]
 
 
-class ETCGenerationMixin(LogicalGenerationMixin, ImageInputsMixin, CompressedGenerationMixin):
-    """Mixed into the model with a head, before the Transformers class."""
-
-    def compress(self, *args, **kwargs) -> list[CompressedImage]:
-        return self.model.compress(*args, **kwargs)  # type: ignore[attr-defined]
-
-    def set_trained_budget(self, num_visual_tokens: int, processor: Any = None) -> None:
-        """Gives the model this many compressed tokens: the first of those that it has, and new ones after them."""
-        config = self.config  # type: ignore[attr-defined]
-        changes = {"num_visual_tokens": num_visual_tokens, "trained_tokens": num_visual_tokens}
-        settings = dataclasses.replace(config.compression, **changes).fitted_to(config)
-        self.model.compressor.resize(num_visual_tokens)  # type: ignore[attr-defined]
-        config.compression = settings
-        if processor is not None:
-            processor.set_compression(settings)
-
-    @takes_cache
-    def prepare_inputs_for_generation(self, input_ids, cache=None, use_cache=None, **kwargs):
-        if use_cache is False:
-            logger.warning_once("Without a cache ETC reads every image again for every token, and nothing is freed.")
-        return super().prepare_inputs_for_generation(input_ids, **cache_argument(cache), use_cache=use_cache, **kwargs)
+METHOD = Method(
+    name="etc",
+    stem="ETC",
+    title="Extreme Token Compression",
+    paper="ETC: Extreme Token Compression via Task-aware Visual Information Distillation in VLMs",
+    mixin=ETCModelMixin,
+    generation_mixin=ETCGenerationMixin,
+    settings=ETCSettings,
+    backbones=("llava", "qwen3_vl"),
+    needs_training=True,
+    summary=(
+        "The language model reads the whole image and, right after it, a few learned tokens that take up what matters. "
+        "The text that follows sees those tokens alone, and the image's own keys and values are freed, so that the "
+        "cache holds little more than the text. The tokens are trained with the answers and an auxiliary loss that "
+        "has them give back what the text looks at."
+    ),
+    limits=(
+        "The whole image is read once before it is freed: the cache and later tokens get cheaper, the first token "
+        "does not, unless the image was compressed before (`model.compress`).",
+        "A compressed image belongs to the text before it. Videos are not supported.",
+    ),
+)

@@ -3,7 +3,7 @@
 Chen et al., "Recoverable Compression: A Multimodal Vision Token Recovery Mechanism Guided by Text Information" (AAAI
 2025), https://arxiv.org/abs/2409.01179; training-free. The four steps of its "Overview", and where they are here:
 
-1. visual filter (Eq. 1): `visual_scores`, and the top-scored patches, as many as the dynamic scale filter says;
+1. visual filter (Eq. 1): `class_token_scores`, and the top-scored patches, as many as the dynamic scale filter says;
 2. text information recovery (Eq. 2): `text_similarity`, and the most similar of the other patches, likewise;
 3. secondary recovery: the rest is clustered around its top-scored patches, and each cluster becomes one token;
 4. token merger: kept patches in their original order, then the merged ones: `TokenAssignment.tokens`.
@@ -74,7 +74,7 @@ class TokenAssignment:
         return provenance
 
 
-def visual_scores(cls_query: Tensor, keys: Tensor) -> Tensor:
+def class_token_scores(cls_query: Tensor, keys: Tensor) -> Tensor:
     """How much the class token attends to each patch (Eq. 1): all heads as one, softmax over CLS and patches.
 
     Args:
@@ -173,7 +173,7 @@ def assign_tokens(
     the c, beside c - 1 clusters. M = N keeps every patch.
 
     Args:
-        visual_scores: (B, N), from `visual_scores`.
+        visual_scores: (B, N), from `class_token_scores`.
         similarity: (B, N), from `text_similarity`.
         keys: (B, N, C), the patches' keys, CLS left out.
         variant: "official" or "paper".

@@ -27,12 +27,16 @@ def logits_of(model, inputs, **kwargs):
 
 def has_ratio(config) -> bool:
     """Whether a share of an image's tokens says how many are left."""
-    return has_tiles_of(config) is not None or hasattr(config.compression, "keep_ratio")
+    try:
+        return bool(config.compression.settings_for_ratio(0.5, config))
+    except ValueError:
+        return False
 
 
 def has_tiles_of(config) -> int | None:
     """Patches of each picture that the vision tower sees of an image, at least about; `None`: an image has its own."""
-    return config.num_patches or getattr(config, "square_view", None)
+    vision = config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2 if hasattr(vision, "image_size") else None
 
 
 def at_text(inputs, model):
@@ -174,7 +178,7 @@ def test_a_bad_setting_is_refused_and_changes_nothing(model, change, message):
     before = model.config.compression.to_dict()
     if (
         "num_visual_tokens" in change
-        and getattr(model.config, "longest_sequence", 0) is None
+        and model.config.compression.largest_budget(model.config) is None
         and change["num_visual_tokens"] > 0
     ):
         return  # whatever an image has, another may have more
@@ -204,7 +208,7 @@ def test_provenance_says_what_the_tokens_are_made_of(checkpoint, inputs_of):
         project, newline = model.model.multi_modal_projector, getattr(model.model, "image_newline", None)
         for image, found, features in zip(output.compression, tokens, patches):
             made_of_patches = image.weights.sum(1) > 0
-            if "image_embeds" in getattr(model.model, "visual_inputs", ()):  # compressed after the projector
+            if "image_embeds" in model.model.image_substitutes:  # compressed after the projector
                 expected = image.weights @ project(features)
                 if newline is not None:  # what is of no patch is of newlines
                     expected = expected + (1 - image.weights.sum(1, keepdim=True)) * newline
@@ -224,8 +228,7 @@ def check_provenance_of_visual_tokens(model, inputs):
     """Where patches are merged before the language model, weights are over the merged ones."""
     with torch.no_grad():
         output = model(**inputs, output_compression=True)
-        features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-    features = features[0] if isinstance(features, tuple) else features.pooler_output
+        features = model.model.read_images(inputs).sequences
     tokens = visual_tokens_of(output).split([len(image.weights) for image in output.compression])
     for image, found, merged in zip(output.compression, tokens, features, strict=True):
         torch.testing.assert_close(found, image.weights @ merged, atol=1e-5, rtol=1e-5)
@@ -391,8 +394,9 @@ def test_images_and_placeholders_that_differ_are_refused_by_the_processor(proces
 def test_an_image_compressed_once_stands_for_itself_from_then_on(model, processor, inputs_of, tmp_path):
     """From a file, in any question; where its text and those of other rows are what they were."""
     inputs = inputs_of(*ROWS)
-    if not hasattr(model, "compress"):
-        assert "question_input_ids" in inputs, "only what a question guides can't be compressed without one"
+    if not model.config.compression.keeps_images:
+        with pytest.raises(ValueError, match="for one question"):
+            model.compress(**inputs)
         return
     made = model.compress(**inputs)
     for index, image in enumerate(made):

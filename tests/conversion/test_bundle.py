@@ -10,12 +10,12 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from foveate.conversion.bundle import bundle_files, entry_modules, write_bundle
 from foveate.errors import FoveateError
-from foveate.registry import backbones
+from foveate.registry import pairs
 
 from .trust import offences
 
 
-CONFIG_CLASSES = [backbone.config_class for backbone in backbones()]
+CONFIG_CLASSES = [backbone.config_class for backbone in pairs()]
 ALLOWED_PACKAGES = {"safetensors", "huggingface_hub", "numpy", "PIL", "torch", "transformers"}
 _packages = itertools.count()
 
@@ -122,7 +122,7 @@ class TestTheBundleOfEveryModel:
                 assert set(get_relative_imports(flat / f"{module}.py")) <= direct | {file.stem}
 
     def test_is_the_same_for_the_classes_of_the_model(self, config_class, flat):
-        backbone = next(backbone for backbone in backbones() if backbone.config_class is config_class)
+        backbone = next(backbone for backbone in pairs() if backbone.config_class is config_class)
         files = write_bundle(config_class, flat)
         assert write_bundle(backbone.model_class, flat) == write_bundle(backbone.generation_class, flat) == files
 

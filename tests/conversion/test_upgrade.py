@@ -26,7 +26,7 @@ from foveate.hub_cards.card import PLACE, read_facts, render_card, write_card
 from foveate.hub_cards.manifest import MANIFEST_FILE, RECORDS, WEIGHTS, write_manifest
 from foveate.hub_cards.push import push
 from foveate.hub_cards.verify import verify
-from foveate.registry import METHODS
+from foveate.registry import pairs_of
 
 from ..helpers.fake_hub import fake_hub, online_environment
 from ..helpers.released_checkpoints import assemble
@@ -34,7 +34,7 @@ from ..helpers.released_checkpoints import assemble
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 
-NEW_CODE = bundle_files(METHODS["sample"].backbones[0].config_class)
+NEW_CODE = bundle_files(pairs_of("sample")[0].config_class)
 OF_FOVEATE = "Converted by foveate; it needs nothing but Transformers"
 OLD_SENTENCE, NEW_SENTENCE = f"{OF_FOVEATE} (4.57.6, or 5.16 and newer).", f"{OF_FOVEATE} (4.57.6, or 5.16 and newer;"
 
@@ -146,7 +146,7 @@ class TestWhatIsWritten:
         write_manifest(old, "base")
         config = json.loads((old / "config.json").read_text())
         upgrade(old)
-        expected = METHODS["sample"].backbones[0].config_class.remote_code_map()
+        expected = pairs_of("sample")[0].config_class.remote_code_map()
         assert json.loads((old / "config.json").read_text()) == {**config, "auto_map": expected}
         processor = json.loads((old / "processor_config.json").read_text())
         assert processor["auto_map"] == {"AutoProcessor": expected["AutoProcessor"]}

@@ -8,9 +8,9 @@ from PIL import Image, ImageColor
 from foveate.evaluation import picture as drawing
 from foveate.evaluation.picture import SeenImage, View, draw_compression, seen_image, seen_slices
 from foveate.lab.scenes import draw_scene, sample_scene
-from foveate.modeling.core.base import TokenProvenance
+from foveate.modeling.core.outputs import TokenProvenance
 from foveate.modeling.layers.tiles import TileGrid, tile_grid
-from foveate.processing.image_processing_llava_meteor import LlavaMeteorImageProcessor
+from foveate.processing.meteor import LlavaMeteorImageProcessor
 
 
 ROLE_NAMES = ("dropped", "kept by sight", "recovered", "merged")

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 import foveate
 from foveate.registration import StandIn
-from foveate.registry import ClassReference, backbones
+from foveate.registry import ClassReference, pairs
 
 from ..conversion.tiny_checkpoints import write_llava
 
@@ -143,7 +143,7 @@ ORDERS = {
     "the registry": (
         """
         from foveate.registry import METHODS
-        config = METHODS["sample"].backbones[0].config_class.from_pretrained(folder)
+        config = pairs_of("sample")[0].config_class.from_pretrained(folder)
         from transformers import AutoModel
         found = AutoModel.from_config(config)
         """,
@@ -257,7 +257,7 @@ HEAVY = "print(sorted({'torch', 'transformers', 'numpy', 'PIL', 'huggingface_hub
     "code",
     [
         "import foveate; dir(foveate); foveate.METHODS['etc']; foveate.__all__",
-        "from foveate.registry import backbones; [backbone.references for backbone in backbones()]",
+        "from foveate.registry import backbones; [backbone.references for backbone in pairs()]",
     ],
 )
 def test_importing_it_imports_nothing_heavy(code):
@@ -283,7 +283,7 @@ class TestTheNamesOfFoveate:
         assert len(foveate.__all__) == len(set(foveate.__all__))
 
     def test_are_the_classes_of_the_registry(self):
-        for backbone in backbones():
+        for backbone in pairs():
             classes = [
                 backbone.config_class,
                 backbone.processor_class,

@@ -21,11 +21,11 @@ from foveate.hub_cards import compression_table
 from foveate.hub_cards.card import PLACE, read_base_name, write_card
 from foveate.hub_cards.compression_table import image_sizes, table_of
 from foveate.hub_cards.method_texts import LIMITS, SUMMARIES
-from foveate.registry import METHODS
+from foveate.registry import METHODS, pairs_of
 
 
 SHAPE_OF = {"llava": "llava-1.5-7b", "llava_next": "llava-next-vicuna-7b", "qwen3_vl": "qwen3-vl-2b"}
-PAIRS = [(method.name, SHAPE_OF[b.base_model_type]) for method in METHODS.values() for b in method.backbones]
+PAIRS = [(method.name, SHAPE_OF[b.base_model_type]) for method in METHODS.values() for b in pairs_of(method.name)]
 
 
 @pytest.fixture

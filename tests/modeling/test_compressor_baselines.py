@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from foveate.modeling.methods.baselines_algorithm import (
+from foveate.modeling.methods.baselines import (
     image_keys,
     pool_stretches,
     random_positions,

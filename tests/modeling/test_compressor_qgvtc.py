@@ -9,8 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from foveate.configuration.qgvtc import QGVTCSettings
 from foveate.modeling.compatibility import clip_embeddings, clip_layers
 from foveate.modeling.layers.token_choice import choose_tokens, straight_through_gate
-from foveate.modeling.methods.qgvtc_algorithm import token_schedule
-from foveate.modeling.methods.qgvtc_encoder import encode_images
+from foveate.modeling.methods.qgvtc_algorithm import encode_crops, token_schedule
 
 from .reference_qgvtc import encode as reference
 
@@ -72,7 +71,7 @@ def test_it_computes_what_the_reference_computes(tower, images, text_class, guid
     settings = settings_with(guidance=guidance, recycle=recycle)
     counts = token_schedule(NUM_PATCHES, 5, len(LAYERS))
     text = text_class if guidance == "question" else None
-    found = encode_images(tower, images, settings, DEPTH - 1, text)
+    found = encode_crops(tower, images, settings, DEPTH - 1, text)
     for index, embeddings in enumerate(clip_embeddings(tower, images)):
         guide = None if text is None else text[index]
         expected, positions = reference(clip_layers(tower)[: DEPTH - 1], embeddings, LAYERS, counts, guide, recycle)
@@ -83,9 +82,9 @@ def test_it_computes_what_the_reference_computes(tower, images, text_class, guid
 @torch.no_grad()
 def test_an_image_without_a_question_is_guided_by_its_class_token(tower, images, text_class):
     has_question = torch.tensor([True, False, True])
-    mixed = encode_images(tower, images, settings_with(), DEPTH - 1, text_class, has_question)
-    asked = encode_images(tower, images, settings_with(), DEPTH - 1, text_class)
-    unasked = encode_images(tower, images, settings_with(guidance="cls"), DEPTH - 1)
+    mixed = encode_crops(tower, images, settings_with(), DEPTH - 1, text_class, has_question)
+    asked = encode_crops(tower, images, settings_with(), DEPTH - 1, text_class)
+    unasked = encode_crops(tower, images, settings_with(guidance="cls"), DEPTH - 1)
     for index, expected in enumerate([asked, unasked, asked]):
         assert torch.equal(mixed.positions[index], expected.positions[index])
         torch.testing.assert_close(mixed.features[index], expected.features[index], atol=1e-5, rtol=1e-5)
@@ -99,7 +98,7 @@ def test_each_layer_runs_on_the_tokens_that_are_left_and_the_last_is_never_run(t
         layer.mlp.register_forward_pre_hook(lambda _, args, index=index: seen.update({index: args[0].shape[1]}))
         for index, layer in enumerate(clip_layers(tower))
     ]
-    encode_images(tower, images, settings_with(), DEPTH - 1, text_class)
+    encode_crops(tower, images, settings_with(), DEPTH - 1, text_class)
     for hook in hooks:
         hook.remove()
     after = dict(zip(LAYERS, token_schedule(NUM_PATCHES, 5, len(LAYERS))))
@@ -116,11 +115,11 @@ def test_attention_weights_are_made_at_compressing_layers_only_for_the_kept_rows
     tower, images, text_class, recycle, monkeypatch
 ):
     made = []
-    import foveate.modeling.methods.qgvtc_encoder as encoder
+    import foveate.modeling.methods.qgvtc_algorithm as encoder
 
     original = encoder.attention_rows
     monkeypatch.setattr(encoder, "attention_rows", lambda q, k: made.append((q.shape[2], k.shape[2])) or original(q, k))
-    encode_images(tower, images, settings_with(recycle=recycle), DEPTH - 1, text_class)
+    encode_crops(tower, images, settings_with(recycle=recycle), DEPTH - 1, text_class)
     left = [NUM_PATCHES, *token_schedule(NUM_PATCHES, 5, len(LAYERS))]
     assert made == ([(after + 1, before + 1) for before, after in pairwise(left)] if recycle else [])
 
@@ -140,11 +139,11 @@ def test_the_gate_changes_no_value_and_brings_the_gradient_to_the_correlation():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_reaches_the_question_through_the_tower(tower, images, text_class, checkpointing):
     asked = text_class.clone().requires_grad_()
-    with_gate = encode_images(
+    with_gate = encode_crops(
         tower, images, settings_with(), DEPTH - 1, asked, checkpoint_activations=checkpointing
     ).features
     with torch.no_grad():
-        without = encode_images(tower, images, settings_with(), DEPTH - 1, text_class).features
+        without = encode_crops(tower, images, settings_with(), DEPTH - 1, text_class).features
     torch.testing.assert_close(with_gate, without)
     with_gate.square().sum().backward()
     assert (asked.grad.abs().sum(-1) > 0).all()
@@ -162,5 +161,5 @@ def test_padding_is_kept_only_where_there_is_nothing_else():
 @torch.no_grad()
 def test_at_a_budget_of_all_patches_it_is_the_stock_tower(tower, images, text_class):
     stock = tower(images, output_hidden_states=True).hidden_states[-2][:, 1:]
-    found = encode_images(tower, images, settings_with(NUM_PATCHES), DEPTH - 1, text_class)
+    found = encode_crops(tower, images, settings_with(NUM_PATCHES), DEPTH - 1, text_class)
     torch.testing.assert_close(found.features, stock, atol=1e-5, rtol=1e-5)

@@ -5,9 +5,9 @@ import torch
 
 from foveate.modeling.methods.recoverable_algorithm import (
     assign_tokens,
+    class_token_scores,
     local_outlier_factor,
     text_similarity,
-    visual_scores,
 )
 
 from . import reference_recoverable as reference
@@ -139,10 +139,10 @@ def test_local_outlier_factor_refuses_no_neighbors():
 def test_scores_are_the_equations():
     generator = torch.Generator().manual_seed(0)
     query, keys = torch.randn(2, 64, generator=generator), torch.randn(2, 50, 64, generator=generator)
-    scores, similarity = visual_scores(query, keys), text_similarity(query, keys)
+    scores, similarity = class_token_scores(query, keys), text_similarity(query, keys)
     assert scores.shape == (2, 49) and similarity.shape == (2, 50)
     for i in range(2):
-        expected_scores = torch.as_tensor(reference.visual_scores(query[i].numpy(), keys[i].numpy()))
+        expected_scores = torch.as_tensor(reference.class_token_scores(query[i].numpy(), keys[i].numpy()))
         expected_similarity = torch.as_tensor(reference.text_similarity(query[i].numpy(), keys[i].numpy()))
         torch.testing.assert_close(scores[i].double(), expected_scores.double(), rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(similarity[i].double(), expected_similarity.double(), rtol=1e-5, atol=1e-7)
@@ -152,8 +152,8 @@ def test_scores_keep_full_precision_under_autocast():
     generator = torch.Generator().manual_seed(0)
     query, keys = torch.randn(2, 64, generator=generator), torch.randn(2, 50, 64, generator=generator)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores, similarity = visual_scores(query, keys), text_similarity(query, keys)
-    assert torch.equal(scores, visual_scores(query, keys))
+        scores, similarity = class_token_scores(query, keys), text_similarity(query, keys)
+    assert torch.equal(scores, class_token_scores(query, keys))
     assert torch.equal(similarity, text_similarity(query, keys))
 
 

@@ -7,8 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate import convert
 from foveate.modeling.compatibility import visual_tokens_of
-from foveate.modeling.layers.tile_layout import tile_grid_of
-from foveate.modeling.layers.tiles import tile_grid
+from foveate.modeling.layers.tiles import tile_grid, tile_grid_of
 
 from ..conversion.tiny_checkpoints import write_clip, write_llava_next
 

@@ -13,10 +13,8 @@ from foveate import convert
 from foveate.errors import FoveateError
 from foveate.modeling import modeling_llava_meteor
 from foveate.modeling.compatibility import visual_tokens_of
-from foveate.modeling.layers.slice_layout import SliceLayout, slice_grid_of
-from foveate.modeling.layers.slices import SliceGrid
-from foveate.modeling.methods.meteor_algorithm import FlashGlobalFusion, local_means, native_scores
-from foveate.modeling.methods.meteor_encoder import encode_views
+from foveate.modeling.layers.slices import SliceGrid, SliceLayout, slice_grid_of
+from foveate.modeling.methods.meteor_algorithm import FlashGlobalFusion, encode_views, local_means, native_scores
 
 from ..contract.conftest import picture
 from ..conversion.tiny_checkpoints import IMAGE_TOKEN_ID, write_llava
@@ -287,13 +285,13 @@ def test_what_is_kept_is_what_both_experts_say_together(made, trained, share):
 
 def test_an_expert_without_a_say_is_not_asked(made, trained, monkeypatch):
     asked = []
-    for name in ("visual_scores", "native_scores"):
+    for name in ("class_scores", "native_scores"):
         original = getattr(modeling_llava_meteor, name)
         monkeypatch.setattr(modeling_llava_meteor, name, lambda *args, n=name, f=original: asked.append(n) or f(*args))
     inputs = inputs_of(made, SIZES)
     for settings, expected in (
-        ({"visual_share": 0.5}, ["visual_scores", "native_scores"]),
-        ({"visual_share": 1.0}, ["visual_scores"]),
+        ({"visual_share": 0.5}, ["class_scores", "native_scores"]),
+        ({"visual_share": 1.0}, ["class_scores"]),
         ({"visual_share": 0.0}, ["native_scores"]),
         ({"keep_ratio": 1.0}, []),
     ):
@@ -314,7 +312,7 @@ def test_only_kept_tokens_are_projected(made, model):
 
 def test_no_attention_matrix_is_kept(made, model, monkeypatch):
     """One row of it is computed, at one layer."""
-    import foveate.modeling.methods.meteor_encoder as encoder
+    import foveate.modeling.methods.meteor_algorithm as encoder
 
     rows, original = [], encoder.class_correlation
     monkeypatch.setattr(

@@ -3,7 +3,7 @@
 import pytest
 from transformers import BitsAndBytesConfig
 
-from foveate.modeling.core.base import CompressedModelMixin, _leaving_out
+from foveate.modeling.core.base import SavedCompressionMixin, _leaving_out
 
 
 MODULES = ["model.vision_tower", "lm_head"]
@@ -52,4 +52,4 @@ def test_who_says_it_is_listened_to(config):
 
 
 def test_what_sees_and_what_compresses_is_named():
-    assert {"vision_tower", "visual", "compressor"} <= set(CompressedModelMixin.full_precision)
+    assert {"vision_tower", "visual", "compressor"} <= set(SavedCompressionMixin.full_precision)

@@ -6,7 +6,7 @@ from PIL import Image
 
 from foveate.modeling.layers.slices import most_patches, slice_grid
 from foveate.processing.base import MAX_ASPECT_RATIO
-from foveate.processing.image_processing_llava_meteor import LlavaMeteorImageProcessor
+from foveate.processing.meteor import LlavaMeteorImageProcessor
 
 
 def grid_of(height: int, width: int, view_size: int = 336, max_slices: int = 6):

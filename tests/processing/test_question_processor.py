@@ -3,7 +3,7 @@
 import pytest
 
 from foveate import convert
-from foveate.registry import METHODS
+from foveate.registry import METHODS, pairs_of
 
 from ..conftest import reads_question
 from ..contract.conftest import picture
@@ -19,7 +19,7 @@ def processors(tmp_path_factory):
     clip = write_clip(folder / "clip")
     found = {}
     for method in METHODS.values():
-        for backbone in filter(reads_question, method.backbones):
+        for backbone in filter(reads_question, pairs_of(method.name)):
             out = convert(bases[backbone.base_model_type], folder / backbone.model_type, method.name, clip)
             found[backbone.model_type] = AutoProcessor.from_pretrained(out)
     return found

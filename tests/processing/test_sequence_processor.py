@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate import convert
-from foveate.modeling.methods.metacompress_algorithm import MetaCompressor
+from foveate.modeling.methods.metacompress import MetaCompressor
 
 from ..conversion.tiny_checkpoints import IMAGE_TOKEN_ID, write_llava_next
 

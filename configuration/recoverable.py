@@ -1,17 +1,15 @@
-"""Configuration of LLaVA-1.5 with Recoverable Compression."""
+"""The `compression` block of Recoverable Compression."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from transformers import CLIPTextConfig, LlavaConfig
-
 from foveate.configuration.compression import (
     CompressionSettings,
-    QuestionGuidedConfigMixin,
     require_bool,
     require_one_of,
+    require_patches_of_one_layer,
     require_positive_int,
 )
 
@@ -48,26 +46,9 @@ class RecoverableSettings(CompressionSettings):
         require_positive_int("lof_neighbors", self.lof_neighbors)
         require_positive_int("secondary_lof_neighbors", self.secondary_lof_neighbors)
 
+    def resolve(self, config: Any) -> RecoverableSettings:
+        require_patches_of_one_layer(self.method, config)
+        return super().resolve(config)
 
-class LlavaRecoverableConfig(QuestionGuidedConfigMixin, LlavaConfig):
-    """`LlavaConfig` with the question's text encoder and the settings of the compression.
-
-    Args:
-        question_config: configuration of the CLIP text tower that reads the question, with its `projection_dim`.
-        compression: the fields of [`RecoverableSettings`].
-    """
-
-    model_type = "llava_recoverable"
-    settings_class = RecoverableSettings
-    sub_configs = {**LlavaConfig.sub_configs, "question_config": CLIPTextConfig}
-
-    def __init__(
-        self,
-        question_config: CLIPTextConfig | dict[str, Any] | None = None,
-        compression: RecoverableSettings | dict[str, Any] | None = None,
-        **kwargs,
-    ):
-        self._set_method_fields(question_config, compression)
-        kwargs["auto_map"] = self.remote_code_map()
-        super().__init__(**kwargs)
-        self._check_method_fields()
+    def count_placeholders(self, *lengths: int, num_separators: int = 0) -> int:
+        return sum(lengths) + num_separators  # the upper bound: how many are left is known when the image has been seen

@@ -1,4 +1,4 @@
-"""Image processor of LLaVA-Meteor: an image of any size, cut into views that are cut into patches."""
+"""LLaVA-Meteor's images: of any size, cut into views that are cut into patches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,62 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.processing_utils import MultiModalData
 
+from foveate.modeling.compatibility import AsksForPlaceholdersMixin
 from foveate.modeling.layers.slices import SliceGrid, slice_grid
+from foveate.processing.base import CompressionProcessorMixin
+
+
+class MeteorProcessorMixin(CompressionProcessorMixin, AsksForPlaceholdersMixin):
+    """Mixed into a processor, before its backbone's: as many placeholders as an image's views keep tokens, and one for
+    every separator between slices.
+
+    Args:
+        num_visual_tokens: K, of every view; `None`: all its patches.
+        others: as in `LlavaProcessor`.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        num_visual_tokens=None,
+        **kwargs,
+    ):
+        self.num_visual_tokens = num_visual_tokens
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+        )
+
+    def set_compression(self, settings):
+        self.num_visual_tokens = settings.num_visual_tokens
+        self.image_processor.max_slices = settings.max_slices
+
+    def count_placeholders(self, image_size) -> int:
+        """Columns of an image of (height, width) pixels."""
+        grid = self.image_processor.grid_of(image_size)
+        return grid.num_tokens(self.num_visual_tokens or grid.num_patches)
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+        return self.image_token * self.count_placeholders(image_inputs["image_sizes"][image_idx])
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        if image_sizes is None:
+            return MultiModalData()
+        counts = [self.count_placeholders(size) for size in image_sizes]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
 
 class LlavaMeteorImageProcessor(BaseImageProcessor):
@@ -43,7 +97,7 @@ class LlavaMeteorImageProcessor(BaseImageProcessor):
         self.resample, self.rescale_factor = int(resample), rescale_factor
         self.image_mean = list(OPENAI_CLIP_MEAN if image_mean is None else image_mean)
         self.image_std = list(OPENAI_CLIP_STD if image_std is None else image_std)
-        self.auto_map = {"AutoImageProcessor": f"{__name__.rpartition('.')[2]}.{type(self).__name__}"}
+        self.auto_map = {"AutoImageProcessor": f"processing_meteor.{type(self).__name__}"}
 
     @classmethod
     def of_stock(cls, stock: Any, config: Any) -> LlavaMeteorImageProcessor:

@@ -1,0 +1,69 @@
+"""What a method and a backbone say of themselves.
+
+Each stands in the file of what it describes, as one call with literal values and names of classes:
+`METHOD = Method(…)`, `BACKBONE = Backbone(…)`. So the registry can read it from the source, without importing torch
+(`foveate/registry.py`), as setuptools reads a version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A family of stock models.
+
+    Args:
+        model_type: of their config, and the end of the names of what is made of them.
+        stem: what the names of their classes begin with: `LlavaNext` of `LlavaNextModel`, `LlavaNextConfig`, …
+        title: for readers.
+        mixin: what differs from other backbones in the model without a head.
+        generation_mixin: and in the one with a head; `None`: nothing.
+    """
+
+    model_type: str
+    stem: str
+    title: str
+    mixin: Any
+    generation_mixin: Any = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A compression method.
+
+    Args:
+        name: as in the config's `compression` block and on the command line.
+        stem: in the names of classes (`LlavaQGVTCModel`), and, in small letters, of files (`modeling_llava_qgvtc.py`).
+        title: for readers.
+        paper: its address, or its title where no address is known.
+        mixin: what it adds to a model without a head.
+        generation_mixin: and to one with a head.
+        settings: its class of the `compression` block.
+        backbones: the `model_type`s of what it runs on.
+        reads_question: whether a CLIP text tower reads the question: the config has a `question_config` then, the
+            processor a `question_tokenizer`.
+        cuts_images: whether it prepares images in its own way: it has a file in `processing/` then, named after it,
+            with `<stem>ProcessorMixin` and, for each backbone, an image processor.
+        family: for readers, of methods that share their classes.
+        needs_training: whether a freshly converted checkpoint has weights that mean nothing yet.
+        summary: for a card: what the method does, in a sentence or two.
+        limits: for a card: what to know before relying on it.
+    """
+
+    name: str
+    stem: str
+    title: str
+    paper: str
+    mixin: Any
+    generation_mixin: Any
+    settings: Any
+    backbones: tuple[str, ...]
+    reads_question: bool = False
+    cuts_images: bool = False
+    family: str | None = None
+    needs_training: bool = False
+    summary: str = ""
+    limits: tuple[str, ...] = ()
