@@ -121,7 +121,7 @@ class CompressionSettings:
         largest = self.largest_budget(config)
         if None not in (self.num_visual_tokens, largest) and self.num_visual_tokens > largest:  # type: ignore[operator]
             raise ValueError(
-                f"num_visual_tokens is {self.num_visual_tokens}, but no image, or crop of one, has more than {largest} "
+                f"num_visual_tokens is {self.num_visual_tokens}, but an image (or a crop of it) has only {largest} "
                 f"patches: choose at most {largest}."
             )
         return self

@@ -20,4 +20,4 @@ def account(config: Any, stock: MethodAccount, image_size: tuple[int, int]) -> M
 def _width(config: Any) -> int:
     """Of what goes into a mean: in Qwen3-VL what DeepStack adds to a token, and its place, go with it."""
     width = config.text_config.hidden_size
-    return width * (1 + len(config.vision_config.deepstack_visual_indexes)) + 4 if is_qwen(config) else width
+    return width * (1 + len(config.vision_config.deepstack_visual_indexes)) + 2 if is_qwen(config) else width

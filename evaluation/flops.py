@@ -261,8 +261,9 @@ def uncompressed_account(config: Any, image_size: tuple[int, int]) -> MethodAcco
 def count_without_compression(config: Any, image_size: tuple[int, int]) -> int:
     """Tokens of an image of which nothing is left out: the stock model's or, of a method that cuts images into views of
     its own, all patches of these."""
-    if hasattr(config, "largest_view"):
-        return slice_grid_of(config, image_size[::-1]).num_tokens(config.largest_view)
+    if getattr(config, "image_processor", None) is not None:
+        most = config.compression.largest_budget(config)
+        return slice_grid_of(config, image_size[::-1]).num_tokens(most)
     return uncompressed_account(config, image_size).visual_tokens
 
 

@@ -173,4 +173,6 @@ def _declared(package: Any, kind: type) -> Iterator[Any]:
 
 
 BACKBONES: dict[str, Backbone] = {found.model_type: found for found in _declared(foveate.modeling.backbones, Backbone)}
-METHODS: dict[str, Method] = {found.name: found for found in _declared(foveate.modeling.methods, Method)}
+METHODS: dict[str, Method] = {
+    found.name: found for found in sorted(_declared(foveate.modeling.methods, Method), key=lambda method: method.name)
+}

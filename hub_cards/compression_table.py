@@ -62,7 +62,11 @@ def image_sizes(config: Any, folder: Path) -> list[tuple[int, int]]:
 
 
 def _has_sizes(config: Any) -> bool:
-    return is_qwen(config) or hasattr(config, "image_grid_pinpoints") or hasattr(config, "largest_view")
+    return (
+        is_qwen(config)
+        or hasattr(config, "image_grid_pinpoints")
+        or getattr(config, "image_processor", None) is not None
+    )
 
 
 def _pixel_limits(folder: Path) -> tuple[int, int]:

@@ -35,7 +35,7 @@ def matrices_of(checkpoint: str | Path, scenes: Iterable[Scene]) -> Iterator[tor
         raise FoveateError(f"{checkpoint} makes no compression matrices: name a checkpoint of metacompress.")
     has_tiles = hasattr(opened.model.config, "image_grid_pinpoints")
     found: list[torch.Tensor] = []
-    compressor.register_forward_hook(lambda _, __, output: found.append(output[1][0]))
+    compressor.register_forward_hook(lambda _, __, output: found.append(output[0]))
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is where?"}]}]
     for scene in scenes:
         inputs = opened.encode([chat], [draw_large_scene(scene) if has_tiles else draw_scene(scene)])

@@ -58,7 +58,7 @@ class Distillation:
     def _matrices(self) -> Iterator[list[torch.Tensor]]:
         """Collects the matrices, (B, m, n) for each length of image, that are made meanwhile."""
         found: list[torch.Tensor] = []
-        hook = self.model.model.compressor.register_forward_hook(lambda _, __, output: found.append(output[1]))
+        hook = self.model.model.compressor.register_forward_hook(lambda _, __, output: found.append(output))
         try:
             yield found
         finally:

@@ -108,7 +108,7 @@ def fit_matrix(
         for name, term in terms.items():
             found[name].append(float(term.detach()))
     matrix = raw.detach().softmax(-1)
-    (weights,) = model.model.patches_of([matrix], batch.get("image_sizes"))
+    (weights,) = model.model.patches_of([matrix], batch)
     roles = torch.full((number,), ROLE_NAMES.index("kept"))
     return FixedMatrix(matrix, provenance=TokenProvenance(weights, roles, ROLE_NAMES), **found)
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import os
 from collections.abc import Callable, Iterable
+from inspect import Parameter, Signature
+from inspect import signature as signature_of
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -266,34 +267,34 @@ def stock_class(cls: type) -> type | None:
     return next((base for base in cls.__mro__ if base.__module__.startswith("transformers.models.")), None)
 
 
-def _signature(function: Callable, added: Iterable[str], removed: Iterable[str]) -> inspect.Signature:
+def _signature(function: Callable, added: Iterable[str], removed: Iterable[str]) -> Signature:
     """A function's signature with arguments added, `None` by default, and some taken out."""
-    signature = inspect.signature(function)
+    signature = signature_of(function)
     known = [p for p in signature.parameters.values() if p.name not in removed]
-    *known, wildcard = known if known[-1].kind is inspect.Parameter.VAR_KEYWORD else [*known, None]
+    *known, wildcard = known if known[-1].kind is Parameter.VAR_KEYWORD else [*known, None]
     names = {parameter.name for parameter in known}
-    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in added if name not in names]
-    wildcard = wildcard or inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    own = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in added if name not in names]
+    wildcard = wildcard or Parameter("kwargs", Parameter.VAR_KEYWORD)
     return signature.replace(parameters=[*known, *own, wildcard])
 
 
-def _signature_of_images(names: Iterable[str]) -> inspect.Signature:
+def _signature_of_images(names: Iterable[str]) -> Signature:
     """Of a method that takes images by these names; `generate` reads there which inputs to hand on."""
-    named = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
-    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return inspect.Signature([self, *named, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
+    named = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
+    self = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+    return Signature([self, *named, Parameter("kwargs", Parameter.VAR_KEYWORD)])
 
 
-def _with_signature(function: Callable, signature: inspect.Signature) -> Callable:
+def _with_signature(function: Callable, signature: Signature) -> Callable:
     """A method that takes its arguments by name, with another signature, by which those without a name are known."""
-    function = inspect.unwrap(function, stop=lambda f: not hasattr(f, "_is_bound_by_name"))
-    names = [name for name, p in signature.parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
+    function = getattr(function, "_by_name_of", function)
+    names = [name for name, p in signature.parameters.items() if p.kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
 
     @functools.wraps(function)
     def by_name(self, *args, **kwargs):
         return function(self, **dict(zip(names, args)), **kwargs)
 
-    by_name._is_bound_by_name = True  # type: ignore[attr-defined]
+    by_name._by_name_of = function  # type: ignore[attr-defined]
     by_name.__signature__ = signature  # type: ignore[attr-defined]
     return by_name
 

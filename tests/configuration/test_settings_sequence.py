@@ -48,7 +48,7 @@ def test_a_bad_setting_is_named(block, message):
 
 def test_on_llava_next_the_largest_image_is_the_limit():
     config = LlavaNextMetaCompressConfig(compression={"num_visual_tokens": 2928})
-    assert config.longest_sequence == 5 * 576 + 48
+    assert config.compression.largest_budget(config) == 5 * 576 + 48
     with pytest.raises(ValueError, match="at most 2928"):
         config.change_compression(num_visual_tokens=2929)
     assert config.compression.num_visual_tokens == 2928

@@ -24,7 +24,7 @@ FORBIDDEN_MODULES = (
 )  # fmt: skip
 
 #: Of these modules, what may be used: the rest of `os` runs programs and writes, that of `inspect` reaches everything.
-HARMLESS_PARTS = {"os": {"PathLike", "fspath", "path"}, "inspect": {"signature"}}
+HARMLESS_PARTS = {"os": {"PathLike", "fspath", "path"}, "inspect": {"Parameter", "Signature", "signature"}}
 
 #: Builtins that run code, open files or lead to whatever else there is.
 BUILTINS = {

@@ -127,7 +127,9 @@ class TestSlices:
         found = ask(sliced, image, QUESTION, max_new_tokens=1)
         assert found.visual_tokens_after == 4 * (1 + slices) + separators
         checkpoint = open_checkpoint(sliced)
-        checkpoint.model.set_compression(checkpoint.processor, num_visual_tokens=checkpoint.model.config.largest_view)
+        config = checkpoint.model.config
+        most = config.compression.largest_budget(config)
+        checkpoint.model.set_compression(checkpoint.processor, num_visual_tokens=most)
         content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
         inputs = checkpoint.encode([[{"role": "user", "content": content}]], [image])
         assert found.visual_tokens_before == (inputs["input_ids"] == checkpoint.model.config.image_token_id).sum()

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ from foveate.evaluation.flops import (
 )
 from foveate.evaluation.shapes import SHAPES, config_of_shape
 from foveate.modeling.layers import selective_scan
-from foveate.registry import Backbone
+from foveate.registry import pairs_of
 
 from ..contract.conftest import prompt_for
 
@@ -115,7 +116,7 @@ def sizes_of(config) -> list[tuple[int, int]]:
     """Pictures in pixels; Qwen's as they are after resizing, one without slices where images are cut into such."""
     if is_qwen(config):
         return [(84, 56), (56, 56)]
-    return [(60, 42), (100, 20), *([(40, 30), (126, 80)] if hasattr(config, "largest_view") else [])]
+    return [(60, 42), (100, 20), *([(40, 30), (126, 80)] if getattr(config, "image_processor", None) else [])]
 
 
 def of_vision(counter: FlopCounterMode, config) -> tuple[int, int]:
@@ -369,7 +370,8 @@ class TestTheCommand:
 def test_a_method_without_an_account_is_named(monkeypatch):
     config = config_of_shape("llava-1.5-7b", "recoverable")
     monkeypatch.setattr(config, "model_type", "llava_sixth")
-    sixth = Backbone("llava", "llava_sixth", "LlavaSixth", "LLaVA-1.5")
-    monkeypatch.setattr(flops_module, "backbones", lambda: [sixth])
+    (recoverable,) = pairs_of("recoverable")
+    sixth = replace(recoverable, method=replace(recoverable.method, stem="Sixth"))
+    monkeypatch.setattr(flops_module, "pairs", lambda: [sixth])
     with pytest.raises(FoveateError, match=r"'recoverable' .* no foveate\.evaluation\.account_sixth"):
         account_of(config, (336, 336), 60)

@@ -1,7 +1,5 @@
 """The weights that ship: ordinary checkpoints, small, and good; and what compression does to their real features."""
 
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +17,7 @@ from transformers import (
 
 from foveate import convert, evaluate, lab_folder, load_lab
 from foveate.lab.scenes import QUESTION_TYPES, ask_questions, draw_scene, sample_scene
+from foveate.modeling.methods import recoverable
 from foveate.modeling.methods.recoverable_algorithm import assign_tokens
 
 from ..modeling import reference_recoverable as reference
@@ -186,14 +185,11 @@ def test_on_real_features_the_fast_compressor_is_the_reference(converted, varian
         seen.update(zip(("scores", "similarity", "keys"), args))
         return assign_tokens(*args, **kwargs)
 
-    module = sys.modules[type(model.model).__module__]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(module, "assign_tokens", spy)
-        images = model.model.compress_images(
-            inputs["pixel_values"], inputs["question_input_ids"], inputs["question_attention_mask"]
-        )
-    assert len(set(images.counts.tolist())) > 1
-    for row, (weights, roles) in enumerate(images.assignment.provenance()):
+        patch.setattr(recoverable, "assign_tokens", spy)
+        _, assignment = model.model.assign_tokens(inputs)
+    assert len(set(assignment.counts.tolist())) > 1
+    for row, (weights, roles) in enumerate(assignment.provenance()):
         one = [seen[name][row].double().numpy() for name in ("scores", "similarity", "keys")]
         expected_weights, expected_roles = reference.compress_image(*one, variant=variant)
         assert roles.tolist() == expected_roles.tolist()

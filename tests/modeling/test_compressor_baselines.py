@@ -6,14 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from foveate.modeling.methods.baselines import (
-    image_keys,
-    pool_stretches,
-    random_positions,
-    sample_positions,
-    stretch_matrix,
-    take_positions,
-)
+from foveate.modeling.core.sequence import Mixture, Selection
+from foveate.modeling.methods.baselines import image_keys, random_positions, sample_positions, stretch_matrix
 
 
 CPU = torch.device("cpu")
@@ -102,8 +96,8 @@ def test_stretches_divide_the_sequence_and_are_averaged(length, number):
     starts = [*sample_positions(length, number, CPU).tolist(), length]
     sequences = make_sequences(2, length)
     expected = torch.stack([sequences[:, a:b].mean(1) for a, b in pairwise(starts)], dim=1)
-    torch.testing.assert_close(pool_stretches(sequences, number), expected)
     matrix = stretch_matrix(length, number, CPU)
+    torch.testing.assert_close(Mixture(matrix.expand(2, -1, -1)).apply(sequences), expected)
     assert ((matrix > 0).sum(0) == 1).all(), "every token goes into one mean"
     torch.testing.assert_close(matrix.sum(1), torch.ones(number))
     sizes = (matrix > 0).sum(1)
@@ -119,13 +113,17 @@ def test_all_leave_a_sequence_as_it_is_at_its_full_length(length):
     assert torch.equal(random_positions(keys_of(3), length, length, seed=0), every.expand(3, -1))
     assert torch.equal(sample_positions(length, length, CPU), every)
     assert torch.equal(stretch_matrix(length, length, CPU), torch.eye(length))
-    assert torch.equal(take_positions(sequences, every), sequences)
-    assert torch.equal(take_positions(sequences, every.expand(3, -1)), sequences)
+    assert torch.equal(Selection(every.expand(3, -1)).apply(sequences), sequences)
 
 
 def test_tokens_are_taken_from_the_image_that_their_positions_are_of():
     sequences = make_sequences(3, 10)
     positions = torch.tensor([[0, 2], [1, 9], [3, 4]])
     expected = torch.stack([sequence[rows] for sequence, rows in zip(sequences, positions)])
-    assert torch.equal(take_positions(sequences, positions), expected)
-    assert torch.equal(take_positions(sequences, positions[1]), sequences[:, [1, 9]])
+    choice = Selection(positions)
+    assert torch.equal(choice.apply(sequences), expected)
+    torch.testing.assert_close(choice.weights(10) @ sequences, expected)
+    places = torch.stack([torch.arange(10) // 5, torch.arange(10) % 5], dim=1).expand(3, -1, -1)
+    assert torch.equal(choice.apply(places)[0], torch.tensor([[0, 0], [0, 2]]))
+    middle = Mixture(torch.full((3, 1, 10), 0.1)).apply(places)
+    assert middle.dtype == torch.int64 and middle[0].tolist() == [[0, 2]], "places are rounded to whole numbers"

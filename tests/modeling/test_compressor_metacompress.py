@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from foveate import convert
+from foveate.modeling.core.sequence import Mixture
 from foveate.modeling.methods.metacompress import MetaCompressor, pool_sequence, sinusoidal_positions
 
 from ..conversion.tiny_checkpoints import write_llava, write_llava_next
@@ -12,6 +13,12 @@ from . import reference_metacompress as reference
 
 
 LENGTHS = [(24, 5), (24, 8), (24, 23), (7, 3), (13, 6), (9, 9), (1, 1), (2, 1), (24, 1)]  # n, m
+
+
+def compress(compressor, sequences, number):
+    """The tokens that are left, and the matrices that they are made by."""
+    mixture = Mixture(compressor(sequences, number))
+    return mixture.apply(sequences), mixture.matrices
 
 
 def make_compressor(width=20, key_width=6, trained=True, dtype=torch.float32):
@@ -34,7 +41,7 @@ def make_sequences(batch, length, width=20, dtype=torch.float32):
 @pytest.mark.parametrize(("length", "number"), LENGTHS)
 def test_it_computes_what_the_reference_computes(length, number, trained):
     compressor, sequences = make_compressor(trained=trained), make_sequences(3, length)
-    tokens, matrices = compressor(sequences, number)
+    tokens, matrices = compress(compressor, sequences, number)
     assert tokens.shape == (3, number, 20) and matrices.shape == (3, number, length)
     torch.testing.assert_close(matrices.sum(-1), torch.ones(3, number))
     for sequence, found, matrix in zip(sequences, tokens, matrices):
@@ -62,7 +69,7 @@ def test_it_begins_as_a_pooling_by_one_projection():
     assert torch.equal(compressor.omega, torch.ones(256))
     assert float(compressor.w_q.detach().std()) == pytest.approx(256**-0.5, rel=0.01)
     with torch.no_grad():
-        _, (matrix,) = compressor(make_sequences(1, 96, width=2048), 16)
+        _, (matrix,) = compress(compressor, make_sequences(1, 96, width=2048), 16)
     window = 6 * torch.arange(16)[:, None] + torch.arange(3)
     assert float(matrix.gather(1, window).sum(1).min()) > 0.99
 
@@ -70,9 +77,9 @@ def test_it_begins_as_a_pooling_by_one_projection():
 @torch.no_grad()
 def test_a_batch_gives_each_sequence_what_it_gets_alone():
     compressor, sequences = make_compressor(), make_sequences(5, 30)
-    tokens, matrices = compressor(sequences, 7)
+    tokens, matrices = compress(compressor, sequences, 7)
     for index in range(5):
-        alone, matrix = compressor(sequences[index : index + 1], 7)
+        alone, matrix = compress(compressor, sequences[index : index + 1], 7)
         torch.testing.assert_close(tokens[index : index + 1], alone)
         torch.testing.assert_close(matrices[index : index + 1], matrix)
 
@@ -82,8 +89,8 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone():
 def test_bf16_follows_fp32(trained):
     compressor = make_compressor(width=64, key_width=16, trained=trained, dtype=torch.bfloat16)
     sequences = 0.3 * make_sequences(2, 40, width=64, dtype=torch.bfloat16)
-    tokens, matrices = compressor(sequences, 8)
-    expected, expected_matrices = compressor.float()(sequences.float(), 8)
+    tokens, matrices = compress(compressor, sequences, 8)
+    expected, expected_matrices = compress(compressor.float(), sequences.float(), 8)
     assert tokens.dtype == torch.bfloat16 and matrices.dtype == torch.float32
     torch.testing.assert_close(matrices.sum(-1), torch.ones(2, 8))
     torch.testing.assert_close(matrices, expected_matrices, atol=0.05, rtol=0.05)
@@ -96,15 +103,15 @@ def test_scores_are_as_fine_as_float32_has_them(dtype, scale):
     """bfloat16 would round them by a tenth and more; those of long tokens are beyond float16's range."""
     compressor = make_compressor(width=1024, key_width=256, trained=False, dtype=dtype)
     sequences = scale * make_sequences(2, 48, width=1024, dtype=dtype)
-    tokens, matrices = compressor(sequences, 8)
-    _, expected = compressor.float()(sequences.float(), 8)
+    tokens, matrices = compress(compressor, sequences, 8)
+    _, expected = compress(compressor.float(), sequences.float(), 8)
     assert tokens.isfinite().all()
     torch.testing.assert_close(matrices, expected, atol=0.015, rtol=0)
 
 
 def test_every_parameter_gets_a_gradient():
     compressor = make_compressor(trained=False)
-    tokens, matrices = compressor(make_sequences(2, 24), 5)
+    tokens, matrices = compress(compressor, make_sequences(2, 24), 5)
     (tokens.square().mean() + matrices.square().mean()).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in compressor.parameters())
 

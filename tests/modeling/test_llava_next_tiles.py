@@ -58,10 +58,10 @@ def test_a_batch_of_sizes_gives_each_image_what_it_gets_alone(both):
     tokens = visual_tokens_of(together).split([len(image.weights) for image in together.compression])
     for index, (size, found) in enumerate(zip(SIZES, tokens)):
         names = ["pixel_values", "image_sizes", "question_input_ids", "question_attention_mask"]
-        alone = model.model.compress_images(**{name: batch[name][index : index + 1] for name in names})
+        alone = model.model.compress_images({name: batch[name][index : index + 1] for name in names})
         torch.testing.assert_close(found, alone.tokens, atol=1e-5, rtol=1e-5)
         counted = processor._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"]
-        assert counted == alone.counts == [int((batch["input_ids"][index] == 4).sum())]
+        assert counted == alone.lengths == [int((batch["input_ids"][index] == 4).sum())]
 
 
 @torch.no_grad()

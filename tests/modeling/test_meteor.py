@@ -11,9 +11,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate import convert
 from foveate.errors import FoveateError
-from foveate.modeling import modeling_llava_meteor
 from foveate.modeling.compatibility import visual_tokens_of
 from foveate.modeling.layers.slices import SliceGrid, SliceLayout, slice_grid_of
+from foveate.modeling.methods import meteor
 from foveate.modeling.methods.meteor_algorithm import FlashGlobalFusion, encode_views, local_means, native_scores
 
 from ..contract.conftest import picture
@@ -104,23 +104,23 @@ def test_a_view_is_encoded_as_the_stock_tower_interpolates(made, model, shape):
 def test_views_of_several_shapes_in_one_batch_give_what_each_gives_alone(made, trained, kernel):
     trained.model.vision_tower.set_attn_implementation(kernel)
     batch = images_of(inputs_of(made, SIZES))
-    together = trained.model.compress_images(**batch)
-    for index, tokens in enumerate(together.tokens.split(together.counts)):
-        alone = trained.model.compress_images(**images_of(inputs_of(made, SIZES[index : index + 1], seed=index)))
-        assert [together.counts[index]] == alone.counts
+    together = trained.model.compress_images(batch)
+    for index, tokens in enumerate(together.tokens.split(together.lengths)):
+        alone = trained.model.compress_images(images_of(inputs_of(made, SIZES[index : index + 1], seed=index)))
+        assert [together.lengths[index]] == alone.lengths
         torch.testing.assert_close(tokens, alone.tokens, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_what_lies_in_the_padding_reaches_nothing(made, trained):
     batch = images_of(inputs_of(made, SIZES))
-    expected = trained.model.compress_images(**batch).tokens
+    expected = trained.model.compress_images(batch).tokens
     for image, size in enumerate(SIZES):
         shapes = slice_grid_of(trained.config, size).shapes
         batch["pixel_values"][image, len(shapes) :] = 50.0
         for view, (rows, columns) in enumerate(shapes):
             batch["pixel_values"][image, view, rows * columns :] = 50.0
-    torch.testing.assert_close(trained.model.compress_images(**batch).tokens, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(trained.model.compress_images(batch).tokens, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def test_processor_and_model_count_the_same_on_200_sizes(made, model):
         written = (inputs["input_ids"] == IMAGE_TOKEN_ID).sum(1).tolist()
         assert written == counted[first : first + 25]
         assert written == model.count_placeholders(inputs).tolist()
-        assert written == model.model.compress_images(**images_of(inputs)).counts
+        assert written == model.model.compress_images(images_of(inputs)).lengths
     assert len(set(counted)) >= 5
 
 
@@ -236,9 +236,9 @@ def test_the_local_mean_is_a_pooling_where_one_view_is_alone():
 def test_the_scan_can_be_the_single_one(made, trained):
     images = images_of(inputs_of(made, SIZES))
     with torch.no_grad():
-        local = trained.model.compress_images(**images).tokens
+        local = trained.model.compress_images(images).tokens
         trained.set_compression(scan="single")
-        single = trained.model.compress_images(**images).tokens
+        single = trained.model.compress_images(images).tokens
     assert not torch.allclose(local, single, atol=1e-3)
 
 
@@ -251,8 +251,8 @@ def test_a_fresh_model_is_plain_selection_by_the_visual_expert(made, model):
     output = model(**inputs, output_compression=True)
     tokens = visual_tokens_of(output).split([len(image.weights) for image in output.compression])
     model.set_compression(made.processor, keep_ratio=1.0)
-    full = model.model.compress_images(**images_of(inputs), trace=True)
-    everything = full.tokens.split(full.counts)
+    full = model.model.compress_images(images_of(inputs), trace=True)
+    everything = full.tokens.split(full.lengths)
     for image, found, whole, all_of_it, size in zip(
         output.compression, tokens, full.provenance, everything, SIZES, strict=True
     ):
@@ -286,8 +286,8 @@ def test_what_is_kept_is_what_both_experts_say_together(made, trained, share):
 def test_an_expert_without_a_say_is_not_asked(made, trained, monkeypatch):
     asked = []
     for name in ("class_scores", "native_scores"):
-        original = getattr(modeling_llava_meteor, name)
-        monkeypatch.setattr(modeling_llava_meteor, name, lambda *args, n=name, f=original: asked.append(n) or f(*args))
+        original = getattr(meteor, name)
+        monkeypatch.setattr(meteor, name, lambda *args, n=name, f=original: asked.append(n) or f(*args))
     inputs = inputs_of(made, SIZES)
     for settings, expected in (
         ({"visual_share": 0.5}, ["class_scores", "native_scores"]),
@@ -298,7 +298,7 @@ def test_an_expert_without_a_say_is_not_asked(made, trained, monkeypatch):
         asked.clear()
         trained.set_compression(**settings)
         with torch.no_grad():
-            trained.model.compress_images(**images_of(inputs))
+            trained.model.compress_images(images_of(inputs))
         assert asked == expected
 
 
@@ -329,8 +329,8 @@ def test_the_gate_changes_no_value_and_gives_the_instruction_token_its_gradient(
     images = images_of(inputs_of(made, [(42, 42)]))
     settings, inner = trained.config.compression, trained.model
     with torch.no_grad():
-        plain = inner.compress_images(**images).tokens
-    found = inner.compress_images(**images, trace=True)
+        plain = inner.compress_images(images).tokens
+    found = inner.compress_images(images, trace=True)
     assert torch.equal(plain, found.tokens.detach())
 
     # Analytic: a token's share of the importance that was kept scales it.
@@ -359,7 +359,7 @@ def test_the_native_expert_can_be_let_in_slowly(made, trained):
     for warmup in (0.0, 0.5, 1.0):
         trained.model.native_warmup = warmup
         with torch.no_grad():
-            (image,) = trained.model.compress_images(**images, trace=True).provenance
+            (image,) = trained.model.compress_images(images, trace=True).provenance
         scores = dict(image.scores)
         importance = 0.1 * scores["visual expert"] + warmup * 0.9 * scores["native expert"]
         kept[warmup] = image.weights.argmax(1)

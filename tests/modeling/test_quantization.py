@@ -3,7 +3,8 @@
 import pytest
 from transformers import BitsAndBytesConfig
 
-from foveate.modeling.core.base import SavedCompressionMixin, _leaving_out
+from foveate import LlavaMeteorForConditionalGeneration, LlavaMeteorModel
+from foveate.modeling.core.base import _leaving_out
 
 
 MODULES = ["model.vision_tower", "lm_head"]
@@ -52,4 +53,6 @@ def test_who_says_it_is_listened_to(config):
 
 
 def test_what_sees_and_what_compresses_is_named():
-    assert {"vision_tower", "visual", "compressor"} <= set(SavedCompressionMixin.full_precision)
+    named = {"vision_tower", "visual", "compressor"}
+    for model_class in (LlavaMeteorModel, LlavaMeteorForConditionalGeneration):
+        assert named == set(model_class.full_precision)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveate.modeling.layers.slices import most_patches, slice_grid
+from foveate.configuration.meteor import largest_view
+from foveate.evaluation.shapes import config_of_shape
+from foveate.modeling.layers.slices import slice_grid
 from foveate.processing.base import MAX_ASPECT_RATIO
 from foveate.processing.meteor import LlavaMeteorImageProcessor
 
@@ -56,7 +58,7 @@ def sizes():
 
 
 def test_every_view_has_about_one_area_and_nearly_the_aspect_of_what_it_shows(sizes):
-    most = most_patches(336, 14, MAX_ASPECT_RATIO)
+    most = largest_view(config_of_shape("llava-1.5-7b", "meteor"))
     for height, width in sizes:
         grid = grid_of(height, width)
         assert 0 <= grid.num_slices <= 6

@@ -96,15 +96,15 @@ def test_a_batch_of_sizes_gives_each_image_what_it_gets_alone(both, pictures):
 def test_no_matrix_is_larger_than_its_image_needs(both, pictures, budget, monkeypatch):
     model, processor = both
     model.set_compression(processor, **budget)
-    made, original = [], MetaCompressor.matrices
+    made, original = [], MetaCompressor.forward
 
     def watched(self, sequences, num_tokens):
         matrices = original(self, sequences, num_tokens)
         made.extend(tuple(matrix.shape) for matrix in matrices)
         return matrices
 
-    monkeypatch.setattr(MetaCompressor, "matrices", watched)
+    monkeypatch.setattr(MetaCompressor, "forward", watched)
     inputs = inputs_of(processor, pictures)
     counts = [len(tokens) for tokens in tokens_of(model, inputs)]
-    lengths = model.model.sequence_lengths(0, inputs["image_sizes"])
+    lengths = model.uncompressed_lengths(inputs)
     assert sorted(made) == sorted(zip(counts, lengths))

@@ -81,7 +81,7 @@ def test_the_loss_is_what_a_slow_reference_says(distilled, batch):
         images = {name: value for name, value in alone.items() if name not in TEXT}
         whole = expand_placeholders(model, text, images)
         matrices = []
-        hook = model.model.compressor.register_forward_hook(lambda _, __, output, to=matrices: to.append(output[1]))
+        hook = model.model.compressor.register_forward_hook(lambda _, __, output, to=matrices: to.append(output))
         with torch.no_grad():
             of_teacher = distilled.stock(**{k: whole[k] for k in TEXT[:2]}, **images).logits
             of_student = model(**{k: alone[k] for k in TEXT[:2]}, **images).logits

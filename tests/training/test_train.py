@@ -300,7 +300,7 @@ def test_the_lab_trains_and_is_evaluated(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-such", "CKPT", "OUT"], "There is no method 'no-such': choose one of recoverable, qg-vtc,"),
+        (["no-such", "CKPT", "OUT"], "There is no method 'no-such': choose one of etc, metacompress,"),
         (["recoverable", "CKPT", "OUT"], "There is no training recipe for 'recoverable': there is one for"),
         (["qg-vtc", "CKPT", "OUT", "--stage", "3"], "qg-vtc.yaml has no stage 3: choose one of 1, 2."),
         (["qg-vtc", "CKPT", "OUT", "--set", "lr=1"], "there is no key 'lr'"),
