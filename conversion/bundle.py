@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foveate.errors import FoveateError
-from foveate.registry import pairs
+from foveate.registry import outside_packages, pairs
 
 
 FOLDERS = ("configuration", "processing", "modeling")
@@ -55,8 +55,10 @@ class FlatModule:
 def flat_name(module: str) -> str:
     """`foveate.modeling.core.cache` → `modeling_core_cache`, its name in a bundle; a module whose name begins with its
     folder's keeps it."""
-    _, folder, *rest = module.split(".")
-    return rest[-1] if f"{folder}_" in f"{rest[-1]}_" else "_".join((folder, *rest))
+    package, *parts = module.split(".")
+    if not parts or parts[0] not in FOLDERS:  # of a method from outside
+        return "_".join((package, *parts))
+    return parts[-1] if f"{parts[0]}_" in f"{parts[-1]}_" else "_".join(parts)
 
 
 def entry_modules(config_class: type) -> list[str]:
@@ -128,23 +130,24 @@ def _collect(names: Iterable[str]) -> dict[str, FlatModule]:
 def _flatten(name: str) -> FlatModule:
     """Reads a module and rewrites its imports from the package."""
     package, _, place = name.partition(".")
-    if "." not in place or place.split(".")[0] not in FOLDERS:
+    if ("." not in place or place.split(".")[0] not in FOLDERS) and package not in outside_packages():
         raise FoveateError(
             f"{name} can't be in a bundle: only modules in {package}'s folders {', '.join(FOLDERS)} can."
         )
+    packages = {package, "foveate", *outside_packages()}
     source = _read_source(name)
     lines = source.splitlines(keepends=True)
     imports = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            if any(alias.name.split(".")[0] == package for alias in node.names):
+            if whole := packages & {alias.name.split(".")[0] for alias in node.names}:
                 raise FoveateError(
-                    f"{name}, line {node.lineno}, imports {package} as a whole, which a bundle can't: write `from "
-                    f"{package}.folder.module import name`."
+                    f"{name}, line {node.lineno}, imports {min(whole)} as a whole, which a bundle can't: write `from "
+                    f"{min(whole)}.folder.module import name`."
                 )
         elif isinstance(node, ast.ImportFrom) and node.level:
             raise FoveateError(f"{name}, line {node.lineno}, has a relative import: write the module's full name.")
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in packages:
             imports.add(node.module)
             lines[node.lineno - 1] = _flat_import(name, node, lines[node.lineno - 1])
     return FlatModule(name, b"".join(lines), tuple(sorted(imports)))
@@ -170,7 +173,7 @@ def _flat_import(name: str, node: ast.ImportFrom, line: bytes) -> bytes:
             f"{name}, line {node.lineno}, has an import that Transformers would not find in remote code: write "
             "`from package.folder.module import name` on a line of its own."
         )
-    if node.module.count(".") < 2:
+    if node.module.split(".")[0] not in outside_packages() and node.module.count(".") < 2:
         raise FoveateError(
             f"{name}, line {node.lineno}, imports from {node.module}, which is no file that a bundle could hold: "
             "import from the module itself."

@@ -31,10 +31,26 @@ def module_source(pair: Pair, module: str) -> str:
     return {"configuration": _configuration, "processing": _processing, "modeling": _modeling}[folder](pair)
 
 
+#: Modules with settings that name no method: one that has none of its own gets a class of them beside its config.
+_PLAIN_SETTINGS = ("foveate.configuration.compression", "foveate.configuration.sequence")
+
+
+def _settings(pair: Pair) -> ClassReference:
+    """Of a pair, the class of its `compression` block."""
+    found: Any = pair.method.settings
+    if found.module not in _PLAIN_SETTINGS:
+        return found
+    return ClassReference(pair.references["config"].module, f"{pair.method.stem}Settings")
+
+
 def _configuration(pair: Pair) -> str:
     base = ClassReference("foveate.configuration.compression", "CompressionConfigMixin")
     stock = ClassReference("transformers", f"{pair.backbone.stem}Config")
-    settings: Any = pair.method.settings
+    declared: Any = pair.method.settings
+    settings, classes = _settings(pair), []
+    if settings != declared:
+        doc = f"Settings of {pair.method.title}: those of [`{declared.name}`]."
+        classes.append(_class(settings.name, [declared], doc, {"method": f'"{pair.method.name}"'}))
     attributes = {"model_type": f'"{pair.model_type}"', "settings_class": settings.name}
     if pair.method.reads_question:
         attributes["reads_question"] = "True"
@@ -42,8 +58,8 @@ def _configuration(pair: Pair) -> str:
         flat = "_".join(image_processor.module.split(".")[1:])
         attributes["image_processor"] = f'"{flat}.{image_processor.name}"'
     doc = f"`{stock.name}` with the settings of the compression, [`{settings.name}`]."
-    made = _class(pair.references["config"].name, [base, stock], doc, attributes)
-    return _module(f"Configuration of {_title(pair)}.", [base, stock, settings], [made])
+    classes.append(_class(pair.references["config"].name, [base, stock], doc, attributes))
+    return _module(f"Configuration of {_title(pair)}.", [base, stock, declared], classes)
 
 
 def _processing(pair: Pair) -> str:
@@ -57,8 +73,7 @@ def _processing(pair: Pair) -> str:
         )
     if pair.method.reads_question:
         bases.insert(0, ClassReference("foveate.processing.question", "QuestionProcessorMixin"))
-    settings: Any = pair.method.settings
-    reference = pair.references["processor"]
+    settings, reference = _settings(pair), pair.references["processor"]
     attributes = {"settings_class": settings.name, "file_name": f'"{reference.module.rpartition(".")[2]}"'}
     doc = f"`{backbone.stem}Processor` that writes the placeholders of {pair.method.title}."
     made = _class(reference.name, bases, doc, attributes)

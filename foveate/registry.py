@@ -145,6 +145,12 @@ def register_method(method: Method) -> Method:
     return METHODS[method.name]
 
 
+def outside_packages() -> set[str]:
+    """Top-level names of the modules of methods from outside, which become part of a checkpoint's code."""
+    modules = (method.mixin.module for method in METHODS.values())
+    return {module.partition(".")[0] for module in modules} - {"foveate"}
+
+
 def _declared(package: Any, kind: type) -> Iterator[Any]:
     """The declarations of a kind in the files of a package, in the order of their names; a class in one is a
     [`ClassReference`]."""

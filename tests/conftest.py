@@ -30,19 +30,12 @@ TINY_BASES = {
 }
 
 #: Settings with which the contract sees all that a method does, where its defaults do little on so small a model.
-SETTINGS = {
+SETTINGS: dict[str, dict] = {
+    **{name: {"keep_ratio": 0.4} for name, method in METHODS.items() if method.kind == "sequence"},
     "qg-vtc": {"num_visual_tokens": 4, "layers": [0, 1]},
     "metacompress": {"keep_ratio": 0.4, "key_width": 16},
-    **{name: {"keep_ratio": 0.4} for name in ("random", "sample", "spatial")},
     "etc": {"num_visual_tokens": 3, "trained_tokens": 9},
     "meteor": {"num_visual_tokens": 4, "max_slices": 3},
-}
-
-#: Methods for which no budget is the stock model on the same images, and no token a sum of the stock model's patches;
-#: why, and where else that is tested.
-UNLIKE_THE_STOCK_MODEL = {
-    "etc": "the language model makes the visual tokens: tests/modeling/test_etc.py",
-    "meteor": "images are cut into views: tests/modeling/test_meteor.py",
 }
 
 #: (method, backbone) pairs of the registry: every model class goes through the contract.
@@ -53,8 +46,26 @@ def pair_id(method: Method, backbone: Pair) -> str:
     return f"{method.name}-{backbone.base_model_type}"
 
 
-def reads_question(backbone) -> bool:
-    return "question_config" in backbone.config_class.sub_configs
+def pytest_addoption(parser):
+    parser.addoption("--method", help="Run the tests of every model on those of this method alone.")
+
+
+def chosen_classes(config: pytest.Config) -> list[tuple[Method, Pair]]:
+    """Those of `CLASSES` that the command line asks for."""
+    wanted = config.getoption("--method")
+    return [pair for pair in CLASSES if wanted in (None, pair[0].name)]
+
+
+def pytest_generate_tests(metafunc):
+    if "method_and_backbone" in metafunc.fixturenames:
+        chosen = chosen_classes(metafunc.config)
+        ids = [pair_id(*pair) for pair in chosen]
+        metafunc.parametrize("method_and_backbone", chosen, indirect=True, ids=ids, scope="session")
+
+
+@pytest.fixture(scope="session")
+def method_and_backbone(request):
+    return request.param
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
@@ -65,11 +76,6 @@ def pytest_collection_modifyitems(items):
         shared_by_all = item.get_closest_marker("one_process")
         group = pair_id(*pair) if pair and not shared_by_all else item.module.__name__
         item.add_marker(pytest.mark.xdist_group(group))
-
-
-@pytest.fixture(scope="session", params=CLASSES, ids=lambda pair: pair_id(*pair))
-def method_and_backbone(request):
-    return request.param
 
 
 @dataclass(frozen=True)
@@ -95,9 +101,7 @@ def tiny_checkpoint(tmp_path_factory):
     def make(method: Method, backbone: Pair) -> TinyCheckpoint:
         write_base, write_text_encoder = TINY_BASES[backbone.base_model_type]
         base = write_base(tmp_path_factory.mktemp("base") / backbone.base_model_type, dtype=torch.float32)
-        text_encoder = (
-            write_text_encoder(tmp_path_factory.mktemp("clip") / "clip") if reads_question(backbone) else None
-        )
+        text_encoder = write_text_encoder(tmp_path_factory.mktemp("clip") / "clip") if method.reads_question else None
         out = tmp_path_factory.mktemp("converted") / f"{method.name}-{backbone.model_type}"
         folder = convert(base, out, method.name, text_encoder, SETTINGS.get(method.name))
         return TinyCheckpoint(base, text_encoder, folder)

@@ -39,14 +39,20 @@ class Method:
         stem: in the names of classes (`LlavaQGVTCModel`), and, in small letters, of files (`modeling_llava_qgvtc.py`).
         title: for readers.
         paper: its address, or its title where no address is known.
+        kind: what the number of visual tokens follows from, and what it needs: "sequence" (the image's length; the
+            visual tokens, right before the language model), "encoder" (the image's size; a way into the vision tower),
+            "image" (the image's size; images of its own) or "deferred" (known when the image has been seen, or freed
+            after it was read; a forward pass of its own).
         mixin: what it adds to a model without a head.
         generation_mixin: and to one with a head.
-        settings: its class of the `compression` block.
+        settings: its class of the `compression` block; `SequenceSettings` or `CompressionSettings` where it has no
+            settings of its own.
         backbones: the `model_type`s of what it runs on.
         reads_question: whether a CLIP text tower reads the question: the config has a `question_config` then, the
             processor a `question_tokenizer`.
         cuts_images: whether it prepares images in its own way: it has a file in `processing/` then, named after it,
             with `<stem>ProcessorMixin` and, for each backbone, an image processor.
+        equals_stock: whether at a budget of all tokens the logits are the stock model's on the same images.
         family: for readers, of methods that share their classes.
         needs_training: whether a freshly converted checkpoint has weights that mean nothing yet.
         summary: for a card: what the method does, in a sentence or two.
@@ -57,12 +63,14 @@ class Method:
     stem: str
     title: str
     paper: str
+    kind: str
     mixin: Any
     generation_mixin: Any
     settings: Any
     backbones: tuple[str, ...]
     reads_question: bool = False
     cuts_images: bool = False
+    equals_stock: bool = True
     family: str | None = None
     needs_training: bool = False
     summary: str = ""

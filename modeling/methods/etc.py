@@ -466,11 +466,13 @@ METHOD = Method(
     stem="ETC",
     title="Extreme Token Compression",
     paper="ETC: Extreme Token Compression via Task-aware Visual Information Distillation in VLMs",
+    kind="deferred",
     mixin=ETCModelMixin,
     generation_mixin=ETCGenerationMixin,
     settings=ETCSettings,
     backbones=("llava", "qwen3_vl"),
     needs_training=True,
+    equals_stock=False,
     summary=(
         "The language model reads the whole image and, right after it, a few learned tokens that take up what matters. "
         "The text that follows sees those tokens alone, and the image's own keys and values are freed, so that the "

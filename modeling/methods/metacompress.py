@@ -104,6 +104,7 @@ METHOD = Method(
     stem="MetaCompress",
     title="MetaCompress",
     paper="https://arxiv.org/abs/2603.21701",
+    kind="sequence",
     mixin=MetaCompressModelMixin,
     generation_mixin=ExactGenerationMixin,
     settings=MetaCompressSettings,

@@ -129,11 +129,13 @@ METHOD = Method(
     stem="Meteor",
     title="LLaVA-Meteor",
     paper="Top-Down Compression: Revisit Efficient Vision Token Projection for Visual Instruction Tuning",
+    kind="image",
     mixin=MeteorModelMixin,
     generation_mixin=ExactGenerationMixin,
     settings=MeteorSettings,
     backbones=("llava",),
     needs_training=True,
+    equals_stock=False,
     cuts_images=True,
     summary=(
         "An image is seen as a whole and, where it is larger than a view, in slices besides. Two state space blocks "

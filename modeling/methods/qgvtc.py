@@ -108,6 +108,7 @@ METHOD = Method(
     stem="QGVTC",
     title="QG-VTC",
     paper="https://arxiv.org/abs/2504.00654",
+    kind="encoder",
     mixin=QGVTCModelMixin,
     generation_mixin=ExactGenerationMixin,
     settings=QGVTCSettings,

@@ -230,6 +230,7 @@ METHOD = Method(
     stem="Recoverable",
     title="Recoverable Compression",
     paper="https://arxiv.org/abs/2409.01179",
+    kind="deferred",
     mixin=RecoverableModelMixin,
     generation_mixin=RecoverableGenerationMixin,
     settings=RecoverableSettings,

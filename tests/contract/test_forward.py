@@ -12,7 +12,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate.modeling.compatibility import TRANSFORMERS_5, cache_of, visual_tokens_of
 
-from ..conftest import UNLIKE_THE_STOCK_MODEL, reads_question
 from ..helpers.checkpointing import checkpoint_activations
 from .conftest import ROWS, Row, images_in, picture, prompt_for
 
@@ -98,8 +97,9 @@ def test_no_method_asks_for_attention_matrices(model, inputs_of, monkeypatch):
 
 @pytest.fixture
 def like_the_stock_model(method_and_backbone):
-    if reason := UNLIKE_THE_STOCK_MODEL.get(method_and_backbone[0].name):
-        pytest.skip(reason)
+    method, _ = method_and_backbone
+    if not method.equals_stock:
+        pytest.skip("it promises to be like no stock model; what it is instead: tests/modeling")
 
 
 @pytest.mark.usefixtures("like_the_stock_model")
@@ -188,11 +188,11 @@ def test_a_bad_setting_is_refused_and_changes_nothing(model, change, message):
 
 
 @pytest.mark.usefixtures("like_the_stock_model")
-def test_provenance_says_what_the_tokens_are_made_of(checkpoint, inputs_of):
+def test_provenance_says_what_the_tokens_are_made_of(method_and_backbone, checkpoint, inputs_of):
     """The weights over the patches give back the very tokens, in a vision tower whose layers change nothing: there a
     token is just a sum of patches, wherever in the tower a method compresses."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    if not hasattr(model.model, "vision_tower"):
+    if model.config.num_patches is None:  # the vision tower merges patches itself
         check_provenance_of_visual_tokens(model, inputs_of(*ROWS))
         return
     for name, parameter in model.model.vision_tower.named_parameters():
@@ -208,7 +208,7 @@ def test_provenance_says_what_the_tokens_are_made_of(checkpoint, inputs_of):
         project, newline = model.model.multi_modal_projector, getattr(model.model, "image_newline", None)
         for image, found, features in zip(output.compression, tokens, patches):
             made_of_patches = image.weights.sum(1) > 0
-            if "image_embeds" in model.model.image_substitutes:  # compressed after the projector
+            if method_and_backbone[0].kind == "sequence":  # compressed after the projector
                 expected = image.weights @ project(features)
                 if newline is not None:  # what is of no patch is of newlines
                     expected = expected + (1 - image.weights.sum(1, keepdim=True)) * newline
@@ -256,7 +256,7 @@ def test_the_question_reaches_the_compression_of_its_own_images_and_no_others(me
         changed.append(own[0].shape != own[1].shape or not torch.allclose(*own, atol=1e-5))
         for before, after in others:
             torch.testing.assert_close(before, after, atol=1e-6, rtol=1e-6)
-    assert any(changed) == reads_question(method_and_backbone[1])
+    assert any(changed) == method_and_backbone[0].reads_question
 
 
 def test_labels_at_text_columns_give_the_loss_of_the_text(model, inputs_of):

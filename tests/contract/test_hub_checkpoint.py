@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from foveate import convert
 
-from ..conftest import CLASSES, SETTINGS, pair_id
+from ..conftest import SETTINGS, chosen_classes, pair_id
 from ..helpers import deprecations
 from .conftest import ROWS, prompt_for
 
@@ -117,10 +117,10 @@ class Checkpoints:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tiny_checkpoint, tmp_path_factory) -> dict[str, Checkpoints]:
+def checkpoints(tiny_checkpoint, tmp_path_factory, request) -> dict[str, Checkpoints]:
     """Of every model class, by its name."""
     made, root = {}, tmp_path_factory.mktemp("hub")
-    for method, backbone in CLASSES:
+    for method, backbone in chosen_classes(request.config):
         tiny, name = tiny_checkpoint(method, backbone), pair_id(method, backbone)
         saved = root / f"{name}-saved"
         AutoModelForImageTextToText.from_pretrained(tiny.folder, dtype=torch.float32).save_pretrained(saved)

@@ -121,7 +121,7 @@ def make(old: str) -> None:
 
     from foveate import __version__, convert
     from foveate.hub_cards.manifest import write_manifest
-    from tests.conftest import CLASSES, SETTINGS, TINY_BASES, reads_question
+    from tests.conftest import CLASSES, SETTINGS, TINY_BASES
 
     assert __version__ == "0.1.0"
     shutil.rmtree(DATA, ignore_errors=True)
@@ -155,9 +155,9 @@ def make(old: str) -> None:
             if not base.exists():
                 write_base(base, dtype=torch.float32)
                 name_rope_as_published(base / "config.json")
-            if not clip.exists() and reads_question(backbone):
+            if not clip.exists() and method.reads_question:
                 write_clip(clip)
-            text_encoder = clip if reads_question(backbone) else None
+            text_encoder = clip if method.reads_question else None
             folder = convert(base, place / pair, method.name, text_encoder, SETTINGS.get(method.name))
             refill(folder)
             write_manifest(folder, base.name)
