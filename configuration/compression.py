@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from transformers import CLIPTextConfig
 
@@ -54,7 +54,7 @@ class CompressionSettings:
         """Reads the block of a config. Raises `ValueError` for another method's block or an unknown setting."""
         if isinstance(block, cls):
             return block
-        block = dict(block or {})
+        block = dict(cast(dict[str, Any], block or {}))
         method = block.pop("method", cls.method)
         if method != cls.method:
             raise ValueError(
@@ -119,7 +119,7 @@ class CompressionSettings:
         """These settings with what is `None` filled in where the model's config says it. Raises `ValueError` for what
         the model can't do."""
         largest = self.largest_budget(config)
-        if None not in (self.num_visual_tokens, largest) and self.num_visual_tokens > largest:  # type: ignore[operator]
+        if self.num_visual_tokens is not None and largest is not None and self.num_visual_tokens > largest:
             raise ValueError(
                 f"num_visual_tokens is {self.num_visual_tokens}, but an image (or a crop of it) has only {largest} "
                 f"patches: choose at most {largest}."
@@ -164,7 +164,25 @@ def require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(repr(c) for c in choices)}, not {value!r}.")
 
 
-class CompressionConfigMixin:
+if TYPE_CHECKING:
+
+    class MixedIn:
+        """For a type checker: a mixin has whatever the config has that it is mixed into."""
+
+        model_type: str
+        sub_configs: dict[str, Any]
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def to_dict(self) -> dict[str, Any]: ...
+
+else:
+    MixedIn = object
+
+
+class CompressionConfigMixin(MixedIn):
     """What the config of every compressed model shares; mixed into a Transformers config class.
 
     A config class of a method on a backbone says its `model_type` and its `settings_class`, and defines no method. Its
@@ -189,7 +207,7 @@ class CompressionConfigMixin:
         if "__init__" not in vars(cls):  # ≥ 5.4 writes one for a config class that has none, from the class's fields
             cls.__init__ = CompressionConfigMixin.__init__  # type: ignore[method-assign]
         if cls.reads_question:
-            cls.sub_configs = {**cls.sub_configs, "question_config": CLIPTextConfig}  # type: ignore[attr-defined]
+            cls.sub_configs = {**cls.sub_configs, "question_config": CLIPTextConfig}
         super().__init_subclass__(**kwargs)
 
     def __init__(
@@ -212,7 +230,7 @@ class CompressionConfigMixin:
     @classmethod
     def remote_code_map(cls) -> dict[str, str]:
         """The `auto_map` of a checkpoint: which class of the bundled code serves which Auto class."""
-        stem, module = cls.__name__.removesuffix("Config"), cls.model_type  # type: ignore[attr-defined]
+        stem, module = cls.__name__.removesuffix("Config"), cls.model_type
         generation = f"modeling_{module}.{stem}ForConditionalGeneration"
         references = {
             "AutoConfig": f"configuration_{module}.{cls.__name__}",
@@ -229,7 +247,7 @@ class CompressionConfigMixin:
     def num_patches(self) -> int | None:
         """Patches of one image, which is also the number of visual tokens without compression; `None` where each image
         has its own."""
-        vision = self.vision_config  # type: ignore[attr-defined]
+        vision = self.vision_config
         if not hasattr(vision, "image_size") or self.image_processor is not None:
             return None
         return (vision.image_size // vision.patch_size) ** 2
@@ -258,7 +276,7 @@ class CompressionConfigMixin:
         return self.compression
 
     def to_dict(self) -> dict[str, Any]:
-        output = super().to_dict()  # type: ignore[misc]
+        output = super().to_dict()
         if isinstance(output.get("compression"), CompressionSettings):
             output["compression"] = output["compression"].to_dict()
         return output

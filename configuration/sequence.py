@@ -76,7 +76,7 @@ class SequenceSettings(CompressionSettings):
         """m of an image of n = `length` tokens."""
         if self.num_visual_tokens is not None:
             return min(self.num_visual_tokens, length)
-        return max(1, round(length * self.keep_ratio))
+        return max(1, round(length * (self.keep_ratio or DEFAULT_KEEP_RATIO)))
 
     def count_placeholders(self, *lengths: int, num_separators: int = 0) -> int:
         return self.count_tokens(sum(lengths) + num_separators)  # separators are tokens of the sequence like others

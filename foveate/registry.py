@@ -133,7 +133,7 @@ def register_method(method: Method) -> Method:
     if unknown := sorted(set(method.backbones) - set(BACKBONES)):
         raise ValueError(f"There is no backbone '{unknown[0]}'. Choose from: {', '.join(BACKBONES)}.")
     classes = {field.name: getattr(method, field.name) for field in fields(method)}
-    references = {
+    references: dict[str, Any] = {
         name: ClassReference(value.__module__, value.__name__)
         for name, value in classes.items()
         if isinstance(value, type)

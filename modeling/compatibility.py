@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from inspect import signature as signature_of
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import transformers
@@ -30,7 +30,7 @@ try:  # ≥ 5.0: checkpoint keys are renamed by a table, which custom classes ha
     )
     from transformers.core_model_loading import WeightRenaming
 except ImportError:  # 4.57: by the class attribute `_checkpoint_conversion_mapping`
-    register_checkpoint_conversion_mapping = None
+    register_checkpoint_conversion_mapping = None  # type: ignore[assignment]
 
 #: 4.57 has a class of its own, ≥ 5.0 dropped it.
 AutoModelForVision2Seq = getattr(transformers, "AutoModelForVision2Seq", transformers.AutoModelForImageTextToText)
@@ -41,6 +41,33 @@ TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+
+if TYPE_CHECKING:
+
+    class MixedIn:
+        """For a type checker: a mixin has whatever the Transformers class has that it is mixed into."""
+
+        config_class: Any
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None: ...
+
+        @classmethod
+        def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+        def _init_weights(self, module: Any) -> None: ...
+
+        def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any: ...
+
+else:
+    MixedIn = object
 
 
 def takes_cache(method: _Method) -> _Method:
@@ -77,8 +104,12 @@ def fields_with_cache(output: Any, cache: Cache | None) -> dict[str, Any]:
 
 
 #: Output classes of multimodal models. Before 5.24 each backbone has its own, and LLaVA's have every field.
-StockModelOutput = getattr(modeling_outputs, "MultimodalBaseModelOutputWithPast", LlavaModelOutputWithPast)
-StockCausalLMOutput = getattr(modeling_outputs, "MultimodalCausalLMOutputWithPast", LlavaCausalLMOutputWithPast)
+if TYPE_CHECKING:
+    from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast as StockCausalLMOutput
+    from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast as StockModelOutput
+else:
+    StockModelOutput = getattr(modeling_outputs, "MultimodalBaseModelOutputWithPast", LlavaModelOutputWithPast)
+    StockCausalLMOutput = getattr(modeling_outputs, "MultimodalCausalLMOutputWithPast", LlavaCausalLMOutputWithPast)
 
 
 def image_fields(sequences: Sequence[torch.Tensor] | None) -> dict[str, Any]:
@@ -87,7 +118,7 @@ def image_fields(sequences: Sequence[torch.Tensor] | None) -> dict[str, Any]:
     if sequences is None:
         return {}
     if "image_outputs" in StockModelOutput.__dataclass_fields__:
-        return {"image_outputs": BaseModelOutputWithPooling(pooler_output=list(sequences))}
+        return {"image_outputs": BaseModelOutputWithPooling(pooler_output=list(sequences))}  # type: ignore[arg-type]
     return {"image_hidden_states": torch.cat(list(sequences))}
 
 
@@ -98,7 +129,7 @@ def visual_tokens_of(output: Any) -> torch.Tensor:
     return output.image_hidden_states
 
 
-def register_key_mapping(model_class: type, generation_class: type, own_keys: tuple[str, ...]) -> None:
+def register_key_mapping(model_class: Any, generation_class: Any, own_keys: tuple[str, ...]) -> None:
     """Lets a custom class read and write the published names of its base model's weights.
 
     The base's weights are on disk as the hub has them (`language_model.model.…`, `vision_tower.vision_model.…`), the
@@ -132,14 +163,14 @@ class AsksForPlaceholdersMixin:
 
     def __call__(self, images=None, text=None, **kwargs):
         if TRANSFORMERS_5 or not images:
-            return super().__call__(images=images, text=text, **kwargs)  # type: ignore[misc]
+            return super().__call__(images=images, text=text, **kwargs)
         options = {**kwargs.pop("images_kwargs", {})}  # the caller's own stays as it is
         options |= {name: kwargs.pop(name) for name in _IMAGE_OPTIONS if name in kwargs}
-        pixels = self.image_processor(images=images, **options)  # type: ignore[attr-defined]
-        written = iter([self.replace_image_token(pixels, index) for index in range(len(images))])  # type: ignore[attr-defined]
-        pieces = [prompt.split(self.image_token) for prompt in text]  # type: ignore[attr-defined]
+        pixels = self.image_processor(images=images, **options)
+        written = iter([self.replace_image_token(pixels, index) for index in range(len(images))])
+        pieces = [prompt.split(self.image_token) for prompt in text]
         prompts = [first + "".join(next(written) + piece for piece in rest) for first, *rest in pieces]
-        found = super().__call__(text=prompts, **kwargs)  # type: ignore[misc]
+        found = super().__call__(text=prompts, **kwargs)
         found.update(pixels)
         groups = (kwargs, kwargs.get("text_kwargs") or {}, kwargs.get("common_kwargs") or {})
         return found.convert_to_tensors(next((g["return_tensors"] for g in groups if "return_tensors" in g), None))
@@ -148,24 +179,24 @@ class AsksForPlaceholdersMixin:
 _IMAGE_OPTIONS = ("do_resize", "max_pixels", "min_pixels", "size")  # those of `images_kwargs` that may stand outside it
 
 
-def clip_embeddings(vision_tower: nn.Module, *images: Any) -> torch.Tensor:
+def clip_embeddings(vision_tower: Any, *images: Any) -> torch.Tensor:
     """Input of the first layer of a `CLIPVisionModel`, (images, patches + 1, width), of what its embeddings take."""
     tower = getattr(vision_tower, "vision_model", vision_tower)  # 4.57 keeps it one level down
     return tower.pre_layrnorm(tower.embeddings(*images))
 
 
-def clip_layers(vision_tower: nn.Module) -> nn.ModuleList:
+def clip_layers(vision_tower: Any) -> nn.ModuleList:
     """Encoder layers of a `CLIPVisionModel`."""
     return getattr(vision_tower, "vision_model", vision_tower).encoder.layers
 
 
-def replace_clip_embeddings(vision_tower: nn.Module, make: Callable[[Any], nn.Module]) -> None:
+def replace_clip_embeddings(vision_tower: Any, make: Callable[[Any], nn.Module]) -> None:
     """Gives a `CLIPVisionModel` other embeddings, with parameters of the same names."""
     tower = getattr(vision_tower, "vision_model", vision_tower)  # 4.57 keeps it one level down
     tower.embeddings = make(tower.embeddings.config)
 
 
-def padding_mask(vision_tower: nn.Module, present: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def padding_mask(vision_tower: Any, present: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What tells the kernel of a `CLIPVisionModel` which tokens, (images, tokens) bool, are not padding: FlashAttention
     takes them as they are, the others what is added to the scores. One row for all queries, which broadcasts."""
     if "flash" in vision_tower.config._attn_implementation:
@@ -174,7 +205,7 @@ def padding_mask(vision_tower: nn.Module, present: torch.Tensor, dtype: torch.dt
     return mask.masked_fill(~present, torch.finfo(dtype).min)[:, None, None]
 
 
-def run_clip_layer(layer: nn.Module, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def run_clip_layer(layer: Any, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """One encoder layer of CLIP on (batch, tokens, width), all tokens attending to all that `padding_mask` leaves."""
     if TRANSFORMERS_5:
         return layer(hidden_states, mask)
@@ -182,7 +213,7 @@ def run_clip_layer(layer: nn.Module, hidden_states: torch.Tensor, mask: torch.Te
 
 
 def run_attention(
-    attention: nn.Module,
+    attention: Any,
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -210,12 +241,12 @@ def image_features_output(sequences: list[torch.Tensor], deepstack: Sequence[tor
     if not TRANSFORMERS_5:
         return (sequences, list(deepstack)) if deepstack else sequences
     if not deepstack:
-        return BaseModelOutputWithPooling(pooler_output=sequences)
+        return BaseModelOutputWithPooling(pooler_output=sequences)  # type: ignore[arg-type]
     lengths = [len(tokens) for tokens in sequences]
     # ≥ 5.23, whose `forward` takes such an output, splits these by images as well.
     split = "mm_encoder_outputs" in signature_of(modeling_qwen3_vl.Qwen3VLModel.forward).parameters
     features = [layer.split(lengths) if split else layer for layer in deepstack]
-    output_class = modeling_qwen3_vl.BaseModelOutputWithDeepstackFeatures
+    output_class: Any = modeling_qwen3_vl.BaseModelOutputWithDeepstackFeatures
     return output_class(pooler_output=sequences, deepstack_features=features)
 
 
@@ -228,15 +259,13 @@ except ImportError:  # before 5.22, where each model has it in its `forward`
         return hidden_states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
-def stock_image_sequences(stock_class: type, model: nn.Module, **images) -> list[torch.Tensor]:
+def stock_image_sequences(stock_class: Any, model: Any, **images) -> list[torch.Tensor]:
     """The visual tokens that a stock class gives a model of each image, (tokens, width): the other way round."""
     features = stock_class.get_image_features(model, **images)
     return list(getattr(features, "pooler_output", features))
 
 
-def stock_deepstack_features(
-    stock_class: type, model: nn.Module, **images
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def stock_deepstack_features(stock_class: Any, model: Any, **images) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The visual tokens that a stock Qwen3-VL gives a model of each image, (tokens, width), and for each of the first
     layers what is added there, (tokens of all images, width). 4.57 returns a tuple; the newest 5.x split the latter by
     images too."""
@@ -255,7 +284,7 @@ CHECKPOINTING = (
 )
 
 
-def checkpoints_activations(model: nn.Module) -> bool:
+def checkpoints_activations(model: Any) -> bool:
     """Whether gradient checkpointing is on."""
     return getattr(model, f"is_{CHECKPOINTING}")
 
@@ -312,7 +341,7 @@ def length_after_crop(length: int, argument: int) -> int:
 
 def iterate_cache_tensors(cache: Cache) -> Iterator[torch.Tensor]:
     """The key and value tensors that a cache holds, layer by layer."""
-    for layer in cache.layers:
+    for layer in cast(list[Any], cache.layers):
         for tensor in (layer.keys, layer.values):
             if tensor is not None:
                 yield tensor

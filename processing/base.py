@@ -3,7 +3,7 @@ prompts about images that were compressed before."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,7 +18,29 @@ from foveate.modeling.core.compressed_image import CompressedImage
 logger = logging.get_logger(__name__)
 
 
-class CompressionProcessorMixin:
+if TYPE_CHECKING:
+
+    class MixedIn:
+        """For a type checker: a mixin has whatever the processor has that it is mixed into."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+        from_pretrained: Any
+
+        @property
+        def model_input_names(self) -> list[str]: ...
+
+else:
+    MixedIn = object
+
+
+class CompressionProcessorMixin(MixedIn):
     """Mixed into a backbone's processor, before the Transformers class.
 
     A processor class of a method on a backbone says its `settings_class` and the `file_name` that it has in a
@@ -58,9 +80,9 @@ class CompressionProcessorMixin:
             raise ValueError("Pass `text` with the prompt beside `images`.")
         prompts = [text] if isinstance(text, str) else list(text)
         images = _flatten(images)
-        num_images = [prompt.count(self.image_token) for prompt in prompts]  # type: ignore[attr-defined]
+        num_images = [prompt.count(self.image_token) for prompt in prompts]
         if sum(num_images) != len(images):
-            token = self.image_token  # type: ignore[attr-defined]
+            token = self.image_token
             raise ValueError(
                 f"The prompts have {sum(num_images)} {token} placeholder(s) for {len(images)} image(s): "
                 f"write one {token} for every image."
@@ -70,20 +92,20 @@ class CompressionProcessorMixin:
     def _call_stock(self, images: list, prompts: list[str], **kwargs) -> Any:
         if any(isinstance(image, CompressedImage) for image in images):
             return self._call_on_compressed(images, prompts, **kwargs)
-        return super().__call__(images=images or None, text=prompts, **kwargs)  # type: ignore[misc]
+        return super().__call__(images=images or None, text=prompts, **kwargs)
 
     def _call_on_compressed(self, images: list, prompts: list[str], **kwargs) -> BatchFeature:
         if not self.settings_class.keeps_images:
             raise ValueError("This method compresses an image for one question: pass the picture itself.")
         if not all(isinstance(image, CompressedImage) for image in images):
             raise ValueError("Pass pictures or compressed images, not both at once.")
-        token, counts = self.image_token, iter(images)  # type: ignore[attr-defined]
+        token, counts = self.image_token, iter(images)
         texts = []
         for prompt in prompts:
             first, *rest = prompt.split(token)
             texts.append(first + "".join(token * next(counts).num_placeholders + part for part in rest))
         kwargs.pop("images_kwargs", None)
-        found = self.tokenizer(texts, **{**kwargs.pop("text_kwargs", {}), **kwargs})  # type: ignore[attr-defined]
+        found = self.tokenizer(texts, **{**kwargs.pop("text_kwargs", {}), **kwargs})
         return BatchFeature({**found, "compressed_images": images})
 
 

@@ -141,8 +141,8 @@ class LlavaMeteorImageProcessor(BaseImageProcessor):
         """(views, patches, values of a patch in the order channel, row, column) of a grid of views of this shape."""
         side, (height, width) = self.patch_size, shape
         resized = image.resize((columns * width * side, rows * height * side), self.resample)
-        values = np.asarray(resized, dtype=np.float32) * self.rescale_factor
-        values = (values - np.float32(self.image_mean)) / np.float32(self.image_std)
+        values: np.ndarray = np.asarray(resized, dtype=np.float32) * self.rescale_factor
+        values = (values - np.asarray(self.image_mean, np.float32)) / np.asarray(self.image_std, np.float32)
         cut = values.reshape(rows, height, side, columns, width, side, 3)
         return cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, height * width, 3 * side**2)
 
@@ -151,7 +151,7 @@ class LlavaMeteorImageProcessor(BaseImageProcessor):
         side, (height, width) = self.patch_size, shape
         cut = views.reshape(rows, columns, height, width, 3, side, side).transpose(0, 2, 5, 1, 3, 6, 4)
         whole = cut.reshape(rows * height * side, columns * width * side, 3)
-        return whole * np.float32(self.image_std) + np.float32(self.image_mean)
+        return whole * np.asarray(self.image_std, np.float32) + np.asarray(self.image_mean, np.float32)
 
 
 def _to_rgb(image: Any) -> Image.Image:

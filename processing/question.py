@@ -34,6 +34,7 @@ class QuestionProcessorMixin(CompressionProcessorMixin):
     def _begin(self, kwargs):
         super()._begin(kwargs)
         self.question_tokenizer = kwargs.pop("question_tokenizer", None)
+        self._markers_of: tuple[str, tuple[str, str]] | None = None  # a template, and what it was found to write
 
     def __call__(self, images=None, text=None, question=None, **kwargs):
         """
@@ -118,7 +119,7 @@ class QuestionProcessorMixin(CompressionProcessorMixin):
         template = self.chat_template or getattr(self.tokenizer, "chat_template", None)
         if not isinstance(template, str):
             return "", ""
-        if getattr(self, "_markers_of", (None,))[0] == template:
+        if self._markers_of is not None and self._markers_of[0] == template:
             return self._markers_of[1]
         words = ["first-question", "first-answer", "second-question"]
         conversation = [

@@ -17,28 +17,30 @@ class AnyBackboneMixin(CompressedModelMixin):
     """Mixed into a model without a head, between a method's mixin and the Transformers class. This one serves where an
     image is encoded as a whole, and always has the same number of patches."""
 
-    #: Layers of the language model that read something of the visual tokens besides.
-    num_deepstack_layers = 0
+    @property
+    def num_deepstack_layers(self) -> int:
+        """Layers of the language model that read something of the visual tokens besides."""
+        return 0
 
     def read_images(self, images: Images) -> VisualTokens:
         """The stock model's visual tokens."""
         given = {name: images[name] for name in self.visual_inputs}
-        sequences = stock_image_sequences(stock_class(type(self)), self, **given)  # type: ignore[arg-type]
+        sequences = stock_image_sequences(stock_class(type(self)), self, **given)
         return VisualTokens(torch.cat(sequences), [len(tokens) for tokens in sequences])
 
     def crop_lengths(self, images: Images) -> list[tuple[list[int], int]]:
         """For each image the visual tokens of its crops without compression, and how many separators stand between
         them."""
-        pixel_values, num_patches = images["pixel_values"], self.config.num_patches  # type: ignore[attr-defined]
+        pixel_values, num_patches = images["pixel_values"], self.config.num_patches
         embeds = images.get("image_embeds") if pixel_values is None else None
-        number = len(pixel_values) if embeds is None else len(embeds) // num_patches  # type: ignore[arg-type]
+        number = len(pixel_values) if embeds is None else len(embeds) // num_patches
         return [([num_patches], 0)] * number
 
     def count_placeholders(self, images: Images) -> torch.Tensor:
         """Columns that each image takes in a prompt, (images,)."""
-        settings = self.config.compression  # type: ignore[attr-defined]
+        settings = self.config.compression
         counts = [settings.count_placeholders(*lengths, num_separators=n) for lengths, n in self.crop_lengths(images)]
-        return torch.tensor(counts, device=images["pixel_values"].device)  # type: ignore[union-attr]
+        return torch.tensor(counts, device=images["pixel_values"].device)
 
     def without_unread_inputs(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call that are the language model's, where the model lays out columns by itself."""
@@ -54,7 +56,7 @@ class AnyBackboneMixin(CompressedModelMixin):
 
     def cut_images(self, images: Images) -> Crops:
         """The pictures that the vision tower sees."""
-        return Crops(images["pixel_values"])  # type: ignore[arg-type]
+        return Crops(images["pixel_values"])
 
     def join_crops(self, crops: Crops, features: torch.Tensor, positions: torch.Tensor) -> VisualTokens:
         """Projects what is left of each crop, and puts it in the order in which the language model reads it.
@@ -64,7 +66,7 @@ class AnyBackboneMixin(CompressedModelMixin):
             features: (crops, M, width of the vision tower).
             positions: (crops, M), the patch that each was.
         """
-        tokens = self.multi_modal_projector(features)  # type: ignore[attr-defined]
+        tokens = self.multi_modal_projector(features)
         return VisualTokens(tokens.flatten(0, 1), [tokens.shape[1]] * len(tokens))
 
     def join_provenance(
@@ -109,7 +111,7 @@ class AnyBackboneMixin(CompressedModelMixin):
             tokens = images.tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(self._columns_of(tokens, input_ids, inputs_embeds), tokens)
             images.tokens = tokens
-        output = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)  # type: ignore[misc]
+        output = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
         return CompressedModelOutputWithPast(
             **output,
             **image_fields(None if images is None else images.sequences),

@@ -103,7 +103,7 @@ class Qwen3VLGenerationMixin(DeferredGenerationMixin):
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         # Newer 5.x lay out the grids of images here, uncompressed; `forward` does it itself.
-        return GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)  # type: ignore[arg-type]
+        return GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
 
 
 def _positions(is_visual: torch.Tensor, present: torch.Tensor | None, images: VisualTokens) -> torch.Tensor:

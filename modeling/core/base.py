@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from inspect import Parameter, Signature
 from inspect import signature as signature_of
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PretrainedConfig
 
-from foveate.modeling.compatibility import register_key_mapping, slice_logits_to_keep
+from foveate.modeling.compatibility import MixedIn, register_key_mapping, slice_logits_to_keep
 from foveate.modeling.core.compressed_image import CompressedImage
 from foveate.modeling.core.loading import (
     base_of,
@@ -32,7 +32,7 @@ from foveate.modeling.core.loading import (
 from foveate.modeling.core.outputs import CodeWriter, CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast
 
 
-class SavedCompressionMixin:
+class SavedCompressionMixin(MixedIn):
     """How a compressed model is loaded, saved and set; mixed into the classes with and without a head."""
 
     #: Writes the flat remote code beside a saved checkpoint. Set by the foveate package; a class that was itself loaded
@@ -53,11 +53,11 @@ class SavedCompressionMixin:
             kwargs["quantization_config"] = _leaving_out(quantization_config, [*names, "lm_head"])
         base = None if name is None else base_of(name, config, kwargs)
         if base is None:
-            return super().from_pretrained(name, *args, config=config, **kwargs)  # type: ignore[misc]
+            return super().from_pretrained(name, *args, config=config, **kwargs)
         if not isinstance(config, PretrainedConfig):
-            config = cls.config_class.from_pretrained(config or name, **hub_arguments(kwargs))  # type: ignore[attr-defined]
+            config = cls.config_class.from_pretrained(config or name, **hub_arguments(kwargs))
         kwargs["state_dict"] = read_all_tensors(name, base, kwargs)
-        found = super().from_pretrained(None, *args, config=config, **kwargs)  # type: ignore[misc]
+        found = super().from_pretrained(None, *args, config=config, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         forget_base(model)
         if model.can_generate() and (generation_config := read_generation_config(name, kwargs)) is not None:
@@ -66,9 +66,9 @@ class SavedCompressionMixin:
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         _unlink_shared_weights(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, *args, **kwargs)
         if self.code_writer is not None:
-            type(self).code_writer(type(self), save_directory)  # type: ignore[misc]
+            type(self).code_writer(type(self), save_directory)
 
     def set_compression(self, processor: Any = None, keep_ratio: float | None = None, **changes) -> None:
         """Changes settings of the compression on this model, and on its processor, without converting again.
@@ -81,7 +81,7 @@ class SavedCompressionMixin:
         Raises:
             ValueError: an unknown setting or a value out of range; nothing is changed then.
         """
-        settings = self.config.change_compression(keep_ratio, **changes)  # type: ignore[attr-defined]
+        settings = self.config.change_compression(keep_ratio, **changes)
         if processor is not None:
             processor.set_compression(settings)
 
@@ -89,8 +89,10 @@ class SavedCompressionMixin:
 class CompressedModelMixin(SavedCompressionMixin):
     """Mixed into a model without a head, before the Transformers class."""
 
-    #: Names of the modules that a method adds, and the classes among them that begin in a way of their own.
+    #: Names of the modules that a method adds, those among them that stay in float32, and the classes of those that
+    #: begin in a way of their own.
     added_modules: ClassVar[tuple[str, ...]] = ()
+    kept_in_fp32: ClassVar[tuple[str, ...]] = ()
     own_modules: ClassVar[tuple[type, ...]] = ()
 
     #: Inputs that images come in, the pixels first: of the backbone.
@@ -115,17 +117,23 @@ class CompressedModelMixin(SavedCompressionMixin):
             return
         cls.full_precision = (*SavedCompressionMixin.full_precision, *cls.added_modules)
         own = (*cls.guiding_inputs, *cls.image_substitutes, "output_compression")
-        signature = _signature(stock.forward, own, cls.unused_inputs)  # type: ignore[attr-defined]
-        cls.forward = _with_signature(cls.forward, signature)  # type: ignore[attr-defined]
-        cls.get_image_features = _with_signature(  # type: ignore[attr-defined]
-            cls.get_image_features,  # type: ignore[attr-defined]
+        signature = _signature(stock.forward, own, cls.unused_inputs)
+        cls.forward = _with_signature(cls.forward, signature)
+        cls.get_image_features = _with_signature(
+            cls.get_image_features,
             _signature_of_images((*cls.visual_inputs, *cls.guiding_inputs)),
         )
 
     def __init__(self, config):
         super().__init__(config)
+        self.extend(config)
+
+    def extend(self, config: Any) -> None:
+        """Makes a compressed model of the stock one."""
         self.add_modules(config)
-        self.post_init()  # type: ignore[attr-defined]
+        if self.kept_in_fp32:  # 4.57 looks for them when the stock model is made, which has none
+            self._keep_in_fp32_modules = list(self.kept_in_fp32)
+        self.post_init()
 
     def add_modules(self, config: Any) -> None:
         """Gives the stock model what the method adds to it (`added_modules`)."""
@@ -134,25 +142,25 @@ class CompressedModelMixin(SavedCompressionMixin):
         if isinstance(module, self.own_modules):
             module.reset_parameters()
         else:
-            super()._init_weights(module)  # type: ignore[misc]
+            super()._init_weights(module)
 
     def compress(self, *args, **kwargs) -> list[CompressedImage]:
         """Reads images once, for any number of questions in any process."""
         raise ValueError(
-            f"The method '{self.config.compression.method}' compresses an image for one question: pass the image "  # type: ignore[attr-defined]
+            f"The method '{self.config.compression.method}' compresses an image for one question: pass the image "
             "itself with every question."
         )
 
     def _find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """(batch, columns) bool."""
-        image_token_id = self.config.image_token_id  # type: ignore[attr-defined]
+        image_token_id = self.config.image_token_id
         if input_ids is not None:
             return input_ids == image_token_id
         token = torch.tensor(image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)  # type: ignore[attr-defined]
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def _returned(self, output: Any, return_dict: bool | None) -> Any:
-        wanted = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
+        wanted = self.config.return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
 
 
@@ -172,13 +180,11 @@ class CompressedGenerationMixin(SavedCompressionMixin):
             return
         model = cls.model_class
         cls.full_precision = model.full_precision
-        if model._keep_in_fp32_modules:  # type: ignore[attr-defined]
-            cls._keep_in_fp32_modules = model._keep_in_fp32_modules  # type: ignore[attr-defined]
         own = (*model.guiding_inputs, *model.image_substitutes, "output_compression")
-        signature = _signature(stock.forward, own, model.unused_inputs)  # type: ignore[attr-defined]
-        cls.forward = _with_signature(cls.forward, signature)  # type: ignore[method-assign]
+        signature = _signature(stock.forward, own, model.unused_inputs)
+        cls.forward = _with_signature(cls.forward, signature)
         images = _signature_of_images((*model.visual_inputs, *model.guiding_inputs))
-        cls.get_image_features = _with_signature(cls.get_image_features, images)  # type: ignore[method-assign]
+        cls.get_image_features = _with_signature(cls.get_image_features, images)
         if model.publishes_short_names:
             register_key_mapping(model, cls, model.added_modules)
 
@@ -186,9 +192,10 @@ class CompressedGenerationMixin(SavedCompressionMixin):
         super().__init__(config)
         # The stock class makes its model by name; ours is the same one with more modules and other methods.
         self.model.__class__ = self.model_class
-        self.model.add_modules(config)
-        self.model.post_init()
-        self.post_init()  # type: ignore[attr-defined]
+        self.model.extend(config)
+        if self.model_class.kept_in_fp32:
+            self._keep_in_fp32_modules = list(self.model_class.kept_in_fp32)
+        self.post_init()
 
     @property
     def image_inputs(self) -> tuple[str, ...]:
@@ -211,46 +218,46 @@ class CompressedGenerationMixin(SavedCompressionMixin):
             logits_to_keep: the number of last columns (0: all), or their indices.
             kwargs: as in the model without a head.
         """
-        output = self.model(return_dict=True, **kwargs)  # type: ignore[attr-defined]
-        logits = self.lm_head(slice_logits_to_keep(output.last_hidden_state, logits_to_keep))  # type: ignore[attr-defined]
+        output = self.model(return_dict=True, **kwargs)
+        logits = self.lm_head(slice_logits_to_keep(output.last_hidden_state, logits_to_keep))
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         return self._with_logits(output, loss, logits, return_dict)
 
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None
     ) -> torch.Tensor:
-        return self.loss_function(  # type: ignore[attr-defined]
+        return self.loss_function(
             logits=logits,
             labels=labels,
-            vocab_size=self.config.get_text_config().vocab_size,  # type: ignore[attr-defined]
+            vocab_size=self.config.get_text_config().vocab_size,
             num_items_in_batch=num_items_in_batch,
         )
 
     def _with_logits(
         self,
         output: CompressedModelOutputWithPast,
-        loss: torch.Tensor | None,
-        logits: torch.Tensor,
+        loss: Any,
+        logits: Any,
         return_dict: bool | None,
     ) -> CompressedCausalLMOutputWithPast | tuple:
         """The output of the model with a head, of what the model without one returned."""
         shared = {name: value for name, value in output.items() if name not in ("last_hidden_state", *_INTERNAL)}
         causal = CompressedCausalLMOutputWithPast(loss=loss, logits=logits, **shared)
-        return_dict = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         return causal if return_dict else causal.to_tuple()
 
     def get_image_features(self, **images):
         """See the model without a head."""
-        return self.model.get_image_features(**images)  # type: ignore[attr-defined]
+        return self.model.get_image_features(**images)
 
     def compress(self, *args, **kwargs) -> list[CompressedImage]:
         """See the model without a head."""
-        return self.model.compress(*args, **kwargs)  # type: ignore[attr-defined]
+        return self.model.compress(*args, **kwargs)
 
     def set_trained_budget(self, num_visual_tokens: int, processor: Any = None) -> None:
         """Changes the budget that the model is about to be trained at: as `set_compression`, but weights whose shape
         says the budget follow it."""
-        resize = getattr(self.model, "resize_budget", None)  # type: ignore[attr-defined]
+        resize = getattr(self.model, "resize_budget", None)
         if resize is None:
             return self.set_compression(processor, num_visual_tokens=num_visual_tokens)
         settings = resize(num_visual_tokens)
@@ -262,19 +269,18 @@ class CompressedGenerationMixin(SavedCompressionMixin):
 _INTERNAL = ("physical_sequence",)
 
 
-def stock_class(cls: type) -> type | None:
+def stock_class(cls: type) -> Any:
     """The class of Transformers that a class is made of; `None` for a mixin."""
     return next((base for base in cls.__mro__ if base.__module__.startswith("transformers.models.")), None)
 
 
-def _signature(function: Callable, added: Iterable[str], removed: Iterable[str]) -> Signature:
+def _signature(function: Callable, added: Iterable[str], removed: Collection[str]) -> Signature:
     """A function's signature with arguments added, `None` by default, and some taken out."""
     signature = signature_of(function)
-    known = [p for p in signature.parameters.values() if p.name not in removed]
-    *known, wildcard = known if known[-1].kind is Parameter.VAR_KEYWORD else [*known, None]
+    known = [p for p in signature.parameters.values() if p.name not in removed and p.kind is not Parameter.VAR_KEYWORD]
     names = {parameter.name for parameter in known}
     own = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in added if name not in names]
-    wildcard = wildcard or Parameter("kwargs", Parameter.VAR_KEYWORD)
+    wildcard = Parameter("kwargs", Parameter.VAR_KEYWORD)
     return signature.replace(parameters=[*known, *own, wildcard])
 
 

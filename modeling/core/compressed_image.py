@@ -48,7 +48,7 @@ class CompressedImage:
     @property
     def num_tokens(self) -> int:
         """Tokens that the language model holds of it."""
-        return len(self.embeddings) if self.embeddings is not None else self.keys.shape[2]  # type: ignore[union-attr]
+        return len(self.embeddings) if self.keys is None else self.keys.shape[2]  # type: ignore[arg-type]
 
     @property
     def num_bytes(self) -> int:

@@ -20,7 +20,7 @@ class DeferredGenerationMixin(ImageInputsMixin, CompressedGenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, cache=None, **kwargs):
         if cache is not None:
             cache = LogicalCache.wrap(cache, len(input_ids), input_ids.device)
-        return super().prepare_inputs_for_generation(input_ids, **cache_argument(cache), **kwargs)  # type: ignore[misc]
+        return super().prepare_inputs_for_generation(input_ids, **cache_argument(cache), **kwargs)
 
 
 class DeferredModelMixin(CompressedModelMixin):
@@ -32,8 +32,8 @@ class DeferredModelMixin(CompressedModelMixin):
 
     def _open_columns(
         self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.FloatTensor | None,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         cache: Cache | None,
         use_cache: bool | None,
@@ -49,7 +49,7 @@ class DeferredModelMixin(CompressedModelMixin):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("attention_mask must be 2-D (batch, length): the model builds the physical mask from it.")
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         batch_size, num_columns = inputs_embeds.shape[:2]
         logical = self._wrap_cache(cache, use_cache, batch_size, inputs_embeds.device)
         present = None if attention_mask is None else attention_mask[:, -num_columns:].bool()
@@ -60,10 +60,10 @@ class DeferredModelMixin(CompressedModelMixin):
     def _wrap_cache(
         self, cache: Cache | None, use_cache: bool | None, batch_size: int, device: torch.device
     ) -> LogicalCache | None:
-        text_config = self.config.text_config  # type: ignore[attr-defined]
+        text_config = self.config.text_config
         if cache is None:
             wanted = getattr(text_config, "use_cache", True) if use_cache is None else use_cache
-            if not wanted or (self.training and checkpoints_activations(self)):  # type: ignore[attr-defined,arg-type]
+            if not wanted or (self.training and checkpoints_activations(self)):
                 return None
             cache = DynamicCache(config=text_config)
         return LogicalCache.wrap(cache, batch_size, device)

@@ -11,7 +11,7 @@ the rest.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -68,7 +68,7 @@ class ExactModelMixin(CompressedModelMixin):
         encoded = (mm_encoder_outputs or {}).get("image")
         self._check_inputs([images["pixel_values"], encoded, *substitutes.values()])
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         compressed = None
         if encoded is not None:
             sequences = list(encoded.pooler_output)
@@ -107,7 +107,7 @@ class PromptAgnosticModelMixin(ExactModelMixin):
     """Mixed into a model without a head whose visual tokens depend on no text, before its backbone's mixin: images can
     be compressed once, and asked about often."""
 
-    image_substitutes = ("compressed_images",)
+    image_substitutes: ClassVar[tuple[str, ...]] = ("compressed_images",)
 
     def compress(self, input_ids=None, attention_mask=None, **inputs: Any) -> list[CompressedImage]:
         """Reads images once, for any number of questions in any process: their tokens depend on no text.
@@ -129,22 +129,24 @@ class PromptAgnosticModelMixin(ExactModelMixin):
         if found.places is not None:
             parts["places"] = found.places.split(found.lengths)
         grids = [None] * len(found.lengths) if found.grids is None else [tuple(grid) for grid in found.grids.tolist()]
-        method = self.config.compression.method  # type: ignore[attr-defined]
+        method = self.config.compression.method
         return [
             CompressedImage(method, length, grid=grid, **{name: part[index].clone() for name, part in parts.items()})
             for index, (length, grid) in enumerate(zip(found.lengths, grids))
         ]
 
     def join_compressed_images(self, images: list[CompressedImage]) -> VisualTokens:
-        method, width = self.config.compression.method, self.config.get_text_config().hidden_size  # type: ignore[attr-defined]
+        method, width = self.config.compression.method, self.config.get_text_config().hidden_size
         layers = self.num_deepstack_layers
         for image in images:
             fits = image.embeddings is not None and image.embeddings.shape[1] == width
             image.require(method, fits and (0 if image.deepstack is None else len(image.deepstack)) == layers)
-        tokens = torch.cat([image.embeddings for image in images])  # type: ignore[misc]
-        joined = VisualTokens(tokens, [image.num_tokens for image in images])
+        parts: dict[str, list[Any]] = {
+            name: [getattr(image, name) for image in images] for name in ("embeddings", "deepstack", "places")
+        }
+        joined = VisualTokens(torch.cat(parts["embeddings"]), [image.num_tokens for image in images])
         if layers:
-            joined.deepstack = list(torch.cat([image.deepstack for image in images], dim=1))  # type: ignore[misc]
-            joined.places = torch.cat([image.places for image in images])  # type: ignore[misc]
+            joined.deepstack = list(torch.cat(parts["deepstack"], dim=1))
+            joined.places = torch.cat(parts["places"])
             joined.grids = torch.tensor([image.grid for image in images])
         return joined

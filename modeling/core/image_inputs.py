@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from foveate.modeling.compatibility import CACHE, cache_argument, takes_cache
+from foveate.modeling.compatibility import CACHE, MixedIn, cache_argument, takes_cache
 from foveate.modeling.core.outputs import Images
 
 
-class ImageInputsMixin:
+class ImageInputsMixin(MixedIn):
     """Mixed into a model that generates, before the Transformers class.
 
     Every step gets the images whose placeholders it runs on, and every copy of a row (beams, several sequences) keeps
@@ -20,21 +20,21 @@ class ImageInputsMixin:
 
     def count_placeholders(self, images: Images) -> torch.Tensor:
         """Columns that each image takes, (images,), from the inputs of uncompressed images."""
-        return self.model.count_placeholders(images)  # type: ignore[attr-defined]
+        return self.model.count_placeholders(images)
 
     def take_images(self, images: dict[str, Any], chosen: torch.Tensor) -> dict[str, Any]:
         """The inputs of some images, (indices,), at least one."""
-        return self.model.take_images(images, chosen)  # type: ignore[attr-defined]
+        return self.model.take_images(images, chosen)
 
     def uncompressed_lengths(self, images: Images) -> list[int]:
         """Visual tokens of each image without compression, from its inputs."""
-        return [sum(lengths) + between for lengths, between in self.model.crop_lengths(images)]  # type: ignore[attr-defined]
+        return [sum(lengths) + between for lengths, between in self.model.crop_lengths(images)]
 
     @takes_cache
     def prepare_inputs_for_generation(self, input_ids, cache=None, **kwargs):
         images = {name: kwargs.pop(name, None) for name in self.image_inputs}
         encoded = kwargs.pop("mm_encoder_outputs", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, **cache_argument(cache), **kwargs)  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(input_ids, **cache_argument(cache), **kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         is_decoding = past > 0 and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == 1
         if is_decoding:
@@ -78,11 +78,11 @@ class ImageInputsMixin:
         return None  # the new ones alone (or the forward pass will complain)
 
     def _is_placeholder(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return input_ids == self.config.image_token_id  # type: ignore[attr-defined]
+        return input_ids == self.config.image_token_id
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         if expand_size == 1 or input_ids is None:
-            return super()._expand_inputs_for_generation(  # type: ignore[misc]
+            return super()._expand_inputs_for_generation(
                 expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
             )
         images = {name: model_kwargs.pop(name, None) for name in self.image_inputs}
@@ -95,7 +95,7 @@ class ImageInputsMixin:
         if encoded and encoded.get("image") is not None:
             counts = _lengths(encoded["image"].pooler_output, input_ids)
             encoded = _take_encoded(encoded, self._repeated_images(input_ids, past, counts, expand_size))
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         model_kwargs.update({name: value for name, value in images.items() if value is not None})

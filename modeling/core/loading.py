@@ -78,7 +78,9 @@ def _read_tensors(name: str | os.PathLike, hub: dict[str, Any]) -> dict[str, tor
     files = [whole] if whole is not None else []
     if whole is None and index is not None:
         with open(index, encoding="utf-8") as file:
-            files = [cached_file(name, shard, **hub) for shard in sorted(set(json.load(file)["weight_map"].values()))]
+            files = [
+                str(cached_file(name, shard, **hub)) for shard in sorted(set(json.load(file)["weight_map"].values()))
+            ]
     tensors = {}
     for path in files:
         with safe_open(path, "pt") as file:

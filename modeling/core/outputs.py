@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ class CompressedCausalLMOutputWithPast(StockCausalLMOutput):
 
 
 #: Images by the names of their inputs, as the processor returns them.
-Images = dict[str, torch.Tensor | None]
+Images = dict[str, Any]
 
 #: Writes the remote code of a model class beside a saved checkpoint.
 CodeWriter = Callable[[type, str], None]

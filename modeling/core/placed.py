@@ -24,7 +24,7 @@ class PlacedModelMixin(DeferredModelMixin):
 
     def _check_text_alone(self, input_ids: torch.Tensor | None, cache: LogicalCache | None) -> None:
         begins = cache is None or cache.logical_length == 0  # later a guess of an assistant's may look like an image
-        if begins and input_ids is not None and bool((input_ids == self.config.image_token_id).any()):  # type: ignore[attr-defined]
+        if begins and input_ids is not None and bool((input_ids == self.config.image_token_id).any()):
             raise ValueError(
                 "input_ids has placeholder tokens of images, but there are none: pass pixel_values or "
                 "compressed_images with it, as the processor returns them."
@@ -72,7 +72,7 @@ class PlacedModelMixin(DeferredModelMixin):
         past: int,
         **kwargs: Any,
     ) -> Any:
-        return self.language_model(  # type: ignore[attr-defined]
+        return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=self._position_ids(positions),

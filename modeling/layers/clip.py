@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 
-def split_heads(projected: torch.Tensor, attention: nn.Module) -> torch.Tensor:
+def split_heads(projected: torch.Tensor, attention: Any) -> torch.Tensor:
     """(B, tokens, d) → (B, h, tokens, d/h)."""
     return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
 def attention_over(
-    attention: nn.Module,
+    attention: Any,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     rows: torch.Tensor,
@@ -49,11 +49,11 @@ def attention_over(
 
 
 @contextmanager
-def watched_attention(layers: list[nn.Module], watch: Callable[..., None]) -> Iterator[None]:
+def watched_attention(layers: list[Any], watch: Callable[..., None]) -> Iterator[None]:
     """Calls `watch(attention, hidden_states, position_embeddings)` whenever the attention of one of these decoder
     layers is about to run."""
 
-    def before(attention: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(attention: Any, args: tuple, kwargs: dict) -> None:
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         watch(attention, hidden_states, kwargs["position_embeddings"])
 

@@ -86,7 +86,7 @@ class ETCModelMixin(PlacedModelMixin):
 
     def compress(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         **inputs: torch.Tensor | None,
     ) -> list[CompressedImage]:
@@ -110,7 +110,7 @@ class ETCModelMixin(PlacedModelMixin):
             )
         if columns is None:
             raise ValueError("There is no image to compress: pass what the processor returns for prompts with images.")
-        cache: LogicalCache = cache_of(output)  # type: ignore[assignment]
+        cache: LogicalCache = cache_of(output)
         places = columns.columns_of(compressed=True).to(cache.source.device)
         rows = columns.rows.to(places.device)
         # Where each compressed token's column lies among the entries.
@@ -123,7 +123,7 @@ class ETCModelMixin(PlacedModelMixin):
             )
             prefix = input_ids[row, :first].cpu()
             made = CompressedImage(
-                method=self.config.compression.method,  # type: ignore[attr-defined]
+                method=self.config.compression.method,
                 num_placeholders=int(columns.lengths[image]) + columns.num_compressed,
                 keys=keys,
                 values=values,
@@ -138,11 +138,11 @@ class ETCModelMixin(PlacedModelMixin):
     @takes_cache
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         compressed_images: list[CompressedImage] | None = None,
         use_cache: bool | None = None,
         output_compression: bool | None = None,
@@ -177,8 +177,8 @@ class ETCModelMixin(PlacedModelMixin):
         images: dict[str, torch.Tensor | None],
         compressed_images: list[CompressedImage] | None = None,
         *,
-        input_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         use_cache: bool | None = None,
@@ -191,7 +191,7 @@ class ETCModelMixin(PlacedModelMixin):
         Returns:
             The output, in the caller's columns; where the images lie in them and what was made of them, if there are.
         """
-        masked = self.training and cache is None and self._takes_masks  # type: ignore[attr-defined]
+        masked = self.training and cache is None and self._takes_masks
         inputs_embeds, present, logical = self._open_columns(
             input_ids, inputs_embeds, attention_mask, cache, False if masked else use_cache
         )
@@ -202,7 +202,7 @@ class ETCModelMixin(PlacedModelMixin):
             self._check_text_alone(input_ids, logical)
             return self._run_columns(inputs_embeds, present, logical, **kwargs), None, None
 
-        num_compressed = self.config.compression.num_visual_tokens  # type: ignore[attr-defined]
+        num_compressed = self.config.compression.num_visual_tokens
         if compressed_images is not None:
             encoded = self._take_compressed(compressed_images, logical, num_compressed)
         else:
@@ -229,14 +229,14 @@ class ETCModelMixin(PlacedModelMixin):
         if logical is None and self._takes_masks:
             output = self._run_masked(inputs_embeds, columns, positions, encoded, watch, **kwargs)
         else:
-            if self.training and checkpoints_activations(self):  # type: ignore[attr-defined,arg-type]
+            if self.training and checkpoints_activations(self):
                 raise ValueError(
                     "Gradient checkpointing needs the masked pass, which this attention kernel can't run: load the "
                     "model with attn_implementation='sdpa'."
                 )
             for_now = logical
             if for_now is None:
-                for_now = LogicalCache(DynamicCache(config=self.config.text_config))  # type: ignore[attr-defined]
+                for_now = LogicalCache(DynamicCache(config=self.config.text_config))
             output = self._run_passes(
                 inputs_embeds, columns, positions, encoded, for_now, compressed_images, watch, images_alone, **kwargs
             )
@@ -250,7 +250,7 @@ class ETCModelMixin(PlacedModelMixin):
 
     @property
     def _takes_masks(self) -> bool:
-        return self.config.get_text_config()._attn_implementation in MASK_KERNELS  # type: ignore[attr-defined]
+        return self.config.get_text_config()._attn_implementation in MASK_KERNELS
 
     def _run_masked(
         self,
@@ -355,17 +355,17 @@ class ETCModelMixin(PlacedModelMixin):
         self, images: list[CompressedImage], cache: LogicalCache | None, num_compressed: int
     ) -> VisualTokens:
         """Their numbers of visual tokens and grids. Raises `ValueError` where they can't be used."""
-        method = self.config.compression.method  # type: ignore[attr-defined]
+        method = self.config.compression.method
         if cache is None:
             raise ValueError("Compressed images live in the cache: leave use_cache=False out.")
         if cache.logical_length:
             raise ValueError("A compressed image goes with the text before it: start without a cache.")
-        text = self.config.text_config  # type: ignore[attr-defined]
+        text = self.config.text_config
         for image in images:
             fits = image.keys is not None and (image.grid is not None) == ("image_grid_thw" in self.visual_inputs)
             if fits:
-                layers, heads, _, width = image.keys.shape  # type: ignore[union-attr]
-                attention = self.language_model.layers[0].self_attn  # type: ignore[attr-defined]
+                layers, heads, _, width = image.keys.shape
+                attention = self.language_model.layers[0].self_attn
                 fits = (layers, heads, width) == (text.num_hidden_layers, text.num_key_value_heads, attention.head_dim)
             image.require(method, fits)
             if image.num_tokens != num_compressed:
@@ -385,7 +385,7 @@ class ETCModelMixin(PlacedModelMixin):
         ids, before = input_ids.cpu(), {}
         for image, row, first in zip(images, columns.rows.tolist(), columns.first.tolist()):
             text = ids[row, :first][columns.present[row, :first]]
-            if not torch.equal(text, image.prefix.cpu()) or image.before != before.get(row, ""):  # type: ignore[union-attr]
+            if not torch.equal(text, image.prefix.cpu()) or image.before != before.get(row, ""):
                 raise ValueError(
                     "An image was compressed after other text, or other images, than what stands before it now: "
                     "compress it after the same, or ask with the same beginning."
@@ -404,11 +404,11 @@ class ETCModelMixin(PlacedModelMixin):
         """Puts the keys and values of compressed images, at most one a row, at the end of the cache."""
         device, rows = positions.device, columns.rows[chosen]
         batch_size, num_compressed, past = positions.shape[1], columns.num_compressed, cache.physical_length
-        for layer in range(self.config.text_config.num_hidden_layers):  # type: ignore[attr-defined]
+        for layer in range(self.config.text_config.num_hidden_layers):
             states = []
             for name in ("keys", "values"):
                 found = torch.stack([getattr(images[image], name)[layer] for image in chosen.tolist()])
-                found = found.to(device, self.dtype)  # type: ignore[attr-defined]
+                found = found.to(device, self.dtype)
                 whole = found.new_zeros(batch_size, *found.shape[1:])
                 whole[rows.to(device)] = found
                 states.append(whole)

@@ -4,6 +4,8 @@ Tuning"): the vision tower on the views of an image, their fusion, and the selec
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from foveate.configuration.meteor import MeteorSettings
@@ -35,7 +37,7 @@ class MeteorModelMixin(PromptAgnosticModelMixin):
     added_modules = ("compressor",)
     own_modules = (FlashGlobalFusion,)
     visual_inputs = ("pixel_values", "image_sizes")
-    _keep_in_fp32_modules = ["compressor"]  # its states are too wide for float16
+    kept_in_fp32 = ("compressor",)  # its states are too wide for float16
 
     def add_modules(self, config):
         replace_clip_embeddings(self.vision_tower, SliceEmbeddings)
@@ -70,6 +72,7 @@ class MeteorModelMixin(PromptAgnosticModelMixin):
         # An expert without a say isn't asked, but for the one who wants to see it.
         look = trace or (chooses and settings.visual_share > 0)
         running = config.vision_feature_layer % (config.vision_config.num_hidden_layers + 1)
+        class_row: Any
         features, class_row = encode_views(self.vision_tower, patches, layout, running, look)
         fused, instruction = self.compressor(features, layout, local=settings.scan == "local-to-single")
 

@@ -11,6 +11,8 @@ V: views, n: patches of the longest, C: width of the vision tower.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
@@ -49,7 +51,7 @@ class SliceEmbeddings(CLIPVisionEmbeddings):
 
 
 def encode_views(
-    vision_tower: nn.Module, patches: torch.Tensor, layout: SliceLayout, feature_layer: int, look: bool
+    vision_tower: Any, patches: torch.Tensor, layout: SliceLayout, feature_layer: int, look: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Encodes views; layers after `feature_layer` don't run.
 
@@ -69,6 +71,8 @@ def encode_views(
     if present is not None:
         present = nn.functional.pad(present, (1, 0), value=True)  # the class token
         mask = padding_mask(vision_tower, present, hidden.dtype)
+    layers: list[Any]
+    last: Any
     *layers, last = clip_layers(vision_tower)[:feature_layer]
     for layer in layers:
         hidden = run_clip_layer(layer, hidden, mask)

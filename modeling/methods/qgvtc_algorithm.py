@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from foveate.configuration.qgvtc import QGVTCSettings
 from foveate.modeling.compatibility import clip_embeddings, clip_layers, run_attention, run_clip_layer
 from foveate.modeling.layers.clip import attention_rows, class_correlation, split_heads
 from foveate.modeling.layers.token_choice import choose_tokens, straight_through_gate
@@ -83,9 +82,9 @@ class _Step:
 
 
 def encode_crops(
-    vision_tower: nn.Module,
+    vision_tower: Any,
     pixel_values: torch.Tensor,
-    settings: QGVTCSettings,
+    settings: Any,
     feature_layer: int,
     text_class: torch.Tensor | None = None,
     has_question: torch.Tensor | None = None,
@@ -98,6 +97,7 @@ def encode_crops(
     Args:
         vision_tower: a `CLIPVisionModel`.
         pixel_values: (crops, 3, height, width).
+        settings: a [`QGVTCSettings`], resolved for the model.
         feature_layer: how many layers run.
         text_class: (crops, width), the question's class token in the vision tower's space; `None`: the image's own
             class token guides.
@@ -124,7 +124,7 @@ def encode_crops(
         step = checkpoint(run, *arguments, use_reentrant=False) if checkpoint_activations else run(*arguments)
         hidden = step.hidden
         if trace:
-            encoded.weights = _compose(encoded.weights, step)
+            encoded.weights = _compose(encoded.weights, step)  # type: ignore[arg-type]
             encoded.steps.append((index, encoded.positions.gather(1, step.kept)))
         encoded.positions = encoded.positions.gather(1, step.kept)
     encoded.features = hidden[:, 1:]
@@ -132,7 +132,7 @@ def encode_crops(
 
 
 def _compress(
-    layer: nn.Module,
+    layer: Any,
     hidden: torch.Tensor,
     text_class: torch.Tensor | None,
     has_question: torch.Tensor | None,
@@ -174,7 +174,7 @@ def _compress(
 
 
 def _correlation(
-    attention: nn.Module,
+    attention: Any,
     class_query: torch.Tensor,
     text_class: torch.Tensor | None,
     has_question: torch.Tensor | None,
@@ -188,7 +188,9 @@ def _correlation(
             return by_question
     with torch.no_grad():  # the choice has no gradient, and nothing else reads it
         by_class = class_correlation(split_heads(class_query, attention), split_heads(keys, attention))
-    return by_class if by_question is None else torch.where(has_question[:, None], by_question, by_class)
+    if by_question is None or has_question is None:
+        return by_class
+    return torch.where(has_question[:, None], by_question, by_class)
 
 
 def _compose(weights: torch.Tensor, step: _Step) -> torch.Tensor:

@@ -98,7 +98,7 @@ class RecoverableModelMixin(DeferredModelMixin):
             if index == feature_layer:
                 features = hidden
         # Step 1 reads the last layer's query of the class token and its keys: no attention matrix is needed for that.
-        last = layers[-1]
+        last: Any = layers[-1]
         normed = last.layer_norm1(hidden)
         keys = last.self_attn.k_proj(normed)  # (images, patches + 1, width)
         scores = class_token_scores(last.self_attn.q_proj(normed[:, 0]), keys)
@@ -149,11 +149,11 @@ class RecoverableModelMixin(DeferredModelMixin):
     @takes_cache
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_compression: bool | None = None,
         return_physical: bool = False,
@@ -170,11 +170,11 @@ class RecoverableModelMixin(DeferredModelMixin):
             kwargs: the images of all rows, row after row, as the processor returns them; and for the language model.
         """
         images = {name: kwargs.pop(name, None) for name in (*self.visual_inputs, *self.guiding_inputs)}
-        inputs_embeds, present, logical = self._open_columns(input_ids, inputs_embeds, attention_mask, cache, use_cache)
-        num_columns, compressed, lengths = inputs_embeds.shape[1], None, None
+        embeds, present, logical = self._open_columns(input_ids, inputs_embeds, attention_mask, cache, use_cache)
+        num_columns, compressed, lengths = embeds.shape[1], None, None
         if images["pixel_values"] is not None:
             compressed = self.compress_images(images, bool(output_compression))
-            placeholders = self._find_placeholders(input_ids, inputs_embeds)
+            placeholders = self._find_placeholders(input_ids, embeds)
             taken = self._taken_placeholders(placeholders, compressed.lengths)
             present = (taken | ~placeholders) if present is None else (taken | ~placeholders) & present
             row_lengths = present.sum(1)
@@ -182,10 +182,10 @@ class RecoverableModelMixin(DeferredModelMixin):
             shortest, longest, found = torch.stack([row_lengths.min(), row_lengths.max(), placeholders.sum()]).tolist()
             lengths = (shortest, longest)
             self._check_placeholders(found, len(compressed.lengths))
-            tokens = compressed.tokens.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(taken[..., None], tokens)
+            tokens = compressed.tokens.to(embeds.device, embeds.dtype)
+            embeds = embeds.masked_scatter(taken[..., None], tokens)
 
-        sequence = lay_out(inputs_embeds, present, logical, lengths)
+        sequence = lay_out(embeds, present, logical, lengths)
         past, length = 0 if logical is None else logical.physical_length, sequence.inputs_embeds.shape[1]
         output = self.language_model(
             inputs_embeds=sequence.inputs_embeds,
@@ -193,12 +193,12 @@ class RecoverableModelMixin(DeferredModelMixin):
             position_ids=sequence.position_ids,
             **cache_argument(None if logical is None else logical.inner),
             use_cache=logical is not None,
-            **cache_positions(past, length, inputs_embeds.device),
+            **cache_positions(past, length, embeds.device),
             **without_cache_positions(kwargs),
         )
         if logical is not None:
             logical.append(sequence.source, num_columns, sequence.has_gaps)
-        output = CompressedModelOutputWithPast(
+        output: Any = CompressedModelOutputWithPast(
             **fields_with_cache(output, logical),
             **image_fields(None if compressed is None else compressed.sequences),
             compression=None if compressed is None else compressed.provenance,

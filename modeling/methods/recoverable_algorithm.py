@@ -195,7 +195,9 @@ def assign_tokens(
             f"{num_patches}, or None to let the filters decide."
         )
     scores, similarity, threshold = visual_scores.float(), similarity.float(), OUTLIER_THRESHOLD[variant]
-    num_visual = num_text = num_merged = None
+    num_visual: Tensor | int | None = None
+    num_text: Tensor | int | None = None
+    num_merged: int | None = None
     if num_visual_tokens is not None:
         num_merged = num_visual_tokens * (num_patches - num_visual_tokens) // (5 * num_patches)
         num_merged = num_merged if secondary_recovery else 0
