@@ -32,8 +32,8 @@ from foveate.evaluation.benchmarking import (
 )
 from foveate.modeling.compatibility import replace_clip_embeddings
 from foveate.modeling.core.precision import fast_dtype
+from foveate.modeling.layers.clip import choose_tokens
 from foveate.modeling.layers.slices import SliceGrid, SliceLayout
-from foveate.modeling.layers.token_choice import choose_tokens
 from foveate.modeling.methods.meteor_algorithm import (
     FlashGlobalFusion,
     SliceEmbeddings,

@@ -114,7 +114,7 @@ class AnyBackboneMixin(CompressedModelMixin):
         output = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
         return CompressedModelOutputWithPast(
             **output,
-            **image_fields(None if images is None else images.sequences),
+            **image_fields(None if images is None else images.tokens.split(images.lengths)),
             compression=None if images is None else images.provenance,
         )
 

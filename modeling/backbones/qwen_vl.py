@@ -85,7 +85,8 @@ class Qwen3VLBackboneMixin(AnyBackboneMixin, PlacedModelMixin):
             deepstack_visual_embeds=[layer.to(device, dtype) for layer in images.deepstack],
             **kwargs,
         )
-        return CompressedModelOutputWithPast(**output, **image_fields(images.sequences), compression=images.provenance)
+        fields = image_fields(images.tokens.split(images.lengths))
+        return CompressedModelOutputWithPast(**output, **fields, compression=images.provenance)
 
     def without_unread_inputs(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments for the language model. Position ids and token types follow from the columns."""

@@ -7,19 +7,29 @@ happens inside `get_image_features`, which is the door that pre-encoding and ser
 The stock `forward` could call it by itself, but hands on neither the inputs that guide a method nor what compressed
 images hold, and before 5.23 it takes no encoded images: so the one `forward` below encodes, and lets the stock one run
 the rest.
+
+Methods that compress the visual tokens of an image right before the language model ([`SequenceModelMixin`]) say with
+which weights the m that are left are made of the n. Whatever else belongs to a token (what DeepStack adds, its place in
+the image) goes the same way. Nothing of it depends on the prompt, so the tokens serve every later turn.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from foveate.modeling.compatibility import image_features_output
 from foveate.modeling.core.base import CompressedGenerationMixin, CompressedModelMixin
 from foveate.modeling.core.compressed_image import CompressedImage
 from foveate.modeling.core.image_inputs import ImageInputsMixin
-from foveate.modeling.core.outputs import CompressedModelOutputWithPast, Images, VisualTokens
+from foveate.modeling.core.outputs import CompressedModelOutputWithPast, Images, TokenProvenance, VisualTokens
+
+
+#: Roles of tokens that are kept or mixed right before the language model.
+SEQUENCE_ROLES = ("discarded", "kept", "merged")
 
 
 class ExactGenerationMixin(ImageInputsMixin, CompressedGenerationMixin):
@@ -42,7 +52,7 @@ class ExactModelMixin(CompressedModelMixin):
         """The compressed visual tokens, one (tokens, width) tensor an image, in the form that this version of
         Transformers gives its own models' image features."""
         compressed = self.compress_images(images)
-        return image_features_output(compressed.sequences, compressed.deepstack)
+        return image_features_output(list(compressed.tokens.split(compressed.lengths)), compressed.deepstack)
 
     def forward(
         self,
@@ -150,3 +160,113 @@ class PromptAgnosticModelMixin(ExactModelMixin):
             joined.places = torch.cat(parts["places"])
             joined.grids = torch.tensor([image.grid for image in images])
         return joined
+
+
+@dataclass
+class Selection:
+    """m of n tokens.
+
+    Args:
+        positions: (B, m), which ones, in the order in which they are read.
+    """
+
+    positions: torch.Tensor
+    role = 1
+
+    def apply(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, n, width) → (B, m, width)."""
+        return values.gather(1, self.positions[..., None].expand(-1, -1, values.shape[2]))
+
+    def weights(self, length: int) -> torch.Tensor:
+        """(B, m, n) float32."""
+        return F.one_hot(self.positions, length).to(torch.float32)
+
+
+@dataclass
+class Mixture:
+    """m mixtures of n tokens.
+
+    Args:
+        matrices: (B, m, n) float32, not negative, rows that sum to 1.
+    """
+
+    matrices: torch.Tensor
+    role = 2
+
+    def apply(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, n, width) → (B, m, width); whole numbers are rounded to the nearest."""
+        if values.is_floating_point():
+            return self.matrices.to(values.dtype) @ values
+        return (self.matrices @ values.to(self.matrices.dtype)).round().to(values.dtype)
+
+    def weights(self, length: int) -> torch.Tensor:
+        return self.matrices
+
+
+class SequenceModelMixin(PromptAgnosticModelMixin):
+    """Mixed into a model without a head, before its backbone's mixin. A method brings `choose_tokens`."""
+
+    image_substitutes = ("image_embeds", "compressed_images")
+
+    def choose_tokens(self, sequences: torch.Tensor, num_tokens: int, keys: torch.Tensor) -> Selection | Mixture:
+        """Compresses images of one length.
+
+        Args:
+            sequences: (B, n, width).
+            num_tokens: m < n.
+            keys: (B,), a number for every image, for methods that draw at random.
+        """
+        raise NotImplementedError
+
+    def image_keys(self, images: Images, num_images: int) -> torch.Tensor:
+        """See `choose_tokens`; zeros where nothing is random."""
+        return torch.zeros(num_images, dtype=torch.int64)
+
+    def compress_images(self, images: Images, trace: bool = False) -> VisualTokens:
+        """Encodes images and compresses their visual tokens.
+
+        Args:
+            images: what the processor returns for them, by name; or, in place of pixels, `image_embeds`, (tokens of all
+                images, width), the visual tokens of a run without compression.
+            trace: whether to say what the tokens are made of.
+        """
+        if (embeds := images.get("image_embeds")) is not None:
+            read = VisualTokens(embeds, [sum(lengths) + between for lengths, between in self.crop_lengths(images)])
+        else:
+            read = self.read_images(images)
+        lengths = read.lengths
+        counts = [self.config.compression.count_tokens(length) for length in lengths]
+        if counts == lengths and not trace:  # nothing to compress: the stock model
+            return read
+        keys = self.image_keys(images, len(lengths))
+        parts = [read.tokens, *read.deepstack, *([] if read.places is None else [read.places])]
+        made: list[list] = [[None] * len(lengths) for _ in parts]
+        weights, roles = [None] * len(lengths), [1] * len(lengths)
+        split = [part.split(lengths) for part in parts]
+        # Images of one length go together, so that no matrix is larger than needed.
+        for length in dict.fromkeys(lengths):
+            members = [image for image, other in enumerate(lengths) if other == length]
+            stacked = [torch.stack([sequences[image] for image in members]) for sequences in split]
+            choice = self._choose(stacked[0], counts[members[0]], keys[members])
+            matrices = choice.weights(length) if trace else members
+            for found, values in zip(made, stacked):
+                for image, tokens in zip(members, choice.apply(values)):
+                    found[image] = tokens
+            for image, matrix in zip(members, matrices):
+                weights[image], roles[image] = matrix, choice.role
+        tokens, *rest = (torch.cat(found) for found in made)
+        places = rest.pop() if read.places is not None else None
+        compressed = VisualTokens(tokens, counts, rest, places, read.grids)
+        if trace:
+            of_patches = self.patches_of(weights, images)
+            compressed.provenance = [
+                TokenProvenance(found, torch.full((len(found),), role, device=found.device), SEQUENCE_ROLES)
+                for found, role in zip(of_patches, roles)
+            ]
+        return compressed
+
+    def _choose(self, sequences: torch.Tensor, num_tokens: int, keys: torch.Tensor) -> Selection | Mixture:
+        if num_tokens == sequences.shape[1]:
+            everything = torch.arange(num_tokens, device=sequences.device)
+            return Selection(everything.expand(len(sequences), -1))
+        return self.choose_tokens(sequences, num_tokens, keys)

@@ -50,11 +50,6 @@ class VisualTokens:
     grids: torch.Tensor | None = None
     provenance: list[TokenProvenance] | None = None
 
-    @property
-    def sequences(self) -> list[torch.Tensor]:
-        """The tokens of each image, (tokens, width)."""
-        return list(self.tokens.split(self.lengths))
-
 
 @dataclass
 class CompressedModelOutputWithPast(StockModelOutput):

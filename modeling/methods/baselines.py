@@ -10,8 +10,7 @@ import torch
 
 from foveate.configuration.baselines import BaselineSettings
 from foveate.modeling.core.declarations import Method
-from foveate.modeling.core.exact import ExactGenerationMixin
-from foveate.modeling.core.sequence import Mixture, Selection, SequenceModelMixin
+from foveate.modeling.core.exact import ExactGenerationMixin, Mixture, Selection, SequenceModelMixin
 
 
 def random_positions(keys: torch.Tensor, length: int, num_tokens: int, seed: int) -> torch.Tensor:

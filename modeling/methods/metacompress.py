@@ -15,8 +15,7 @@ from torch import nn
 
 from foveate.configuration.metacompress import MetaCompressSettings
 from foveate.modeling.core.declarations import Method
-from foveate.modeling.core.exact import ExactGenerationMixin
-from foveate.modeling.core.sequence import Mixture, SequenceModelMixin
+from foveate.modeling.core.exact import ExactGenerationMixin, Mixture, SequenceModelMixin
 
 
 KERNEL_SIZE = 3  # of the pooling (Section 8.2)

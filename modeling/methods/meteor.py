@@ -13,8 +13,8 @@ from foveate.modeling.compatibility import replace_clip_embeddings
 from foveate.modeling.core.declarations import Method
 from foveate.modeling.core.exact import ExactGenerationMixin, PromptAgnosticModelMixin
 from foveate.modeling.core.outputs import Images, TokenProvenance, VisualTokens
+from foveate.modeling.layers.clip import choose_tokens, straight_through_gate
 from foveate.modeling.layers.slices import SliceGrid, SliceLayout, slice_grid_of
-from foveate.modeling.layers.token_choice import choose_tokens, straight_through_gate
 from foveate.modeling.methods.meteor_algorithm import (
     FlashGlobalFusion,
     SliceEmbeddings,

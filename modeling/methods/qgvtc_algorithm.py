@@ -19,8 +19,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from foveate.modeling.compatibility import clip_embeddings, clip_layers, run_attention, run_clip_layer
-from foveate.modeling.layers.clip import attention_rows, class_correlation, split_heads
-from foveate.modeling.layers.token_choice import choose_tokens, straight_through_gate
+from foveate.modeling.layers.clip import (
+    attention_rows,
+    choose_tokens,
+    class_correlation,
+    split_heads,
+    straight_through_gate,
+)
 
 
 def token_schedule(num_patches: int, num_visual_tokens: int, num_steps: int) -> list[int]:

@@ -144,7 +144,8 @@ class RecoverableModelMixin(DeferredModelMixin):
     def get_image_features(self, **images):
         """The compressed visual tokens, one (tokens, width) tensor an image, in the form that this version of
         Transformers gives its own models' image features."""
-        return image_features_output(self.compress_images(images).sequences)
+        compressed = self.compress_images(images)
+        return image_features_output(list(compressed.tokens.split(compressed.lengths)))
 
     @takes_cache
     def forward(
@@ -200,7 +201,7 @@ class RecoverableModelMixin(DeferredModelMixin):
             logical.append(sequence.source, num_columns, sequence.has_gaps)
         output: Any = CompressedModelOutputWithPast(
             **fields_with_cache(output, logical),
-            **image_fields(None if compressed is None else compressed.sequences),
+            **image_fields(None if compressed is None else compressed.tokens.split(compressed.lengths)),
             compression=None if compressed is None else compressed.provenance,
             physical_sequence=sequence if return_physical else None,
         )

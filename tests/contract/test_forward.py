@@ -228,7 +228,8 @@ def check_provenance_of_visual_tokens(model, inputs):
     """Where patches are merged before the language model, weights are over the merged ones."""
     with torch.no_grad():
         output = model(**inputs, output_compression=True)
-        features = model.model.read_images(inputs).sequences
+        read = model.model.read_images(inputs)
+    features = read.tokens.split(read.lengths)
     tokens = visual_tokens_of(output).split([len(image.weights) for image in output.compression])
     for image, found, merged in zip(output.compression, tokens, features, strict=True):
         torch.testing.assert_close(found, image.weights @ merged, atol=1e-5, rtol=1e-5)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from foveate.modeling.core.sequence import Mixture, Selection
+from foveate.modeling.core.exact import Mixture, Selection
 from foveate.modeling.methods.baselines import image_keys, random_positions, sample_positions, stretch_matrix
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from foveate import convert
-from foveate.modeling.core.sequence import Mixture
+from foveate.modeling.core.exact import Mixture
 from foveate.modeling.methods.metacompress import MetaCompressor, pool_sequence, sinusoidal_positions
 
 from ..conversion.tiny_checkpoints import write_llava, write_llava_next

@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from foveate.configuration.qgvtc import QGVTCSettings
 from foveate.modeling.compatibility import clip_embeddings, clip_layers
-from foveate.modeling.layers.token_choice import choose_tokens, straight_through_gate
+from foveate.modeling.layers.clip import choose_tokens, straight_through_gate
 from foveate.modeling.methods.qgvtc_algorithm import encode_crops, token_schedule
 
 from .reference_qgvtc import encode as reference
