@@ -7,25 +7,19 @@ openai/clip-vit-large-patch14-336.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import (
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaNextConfig,
-    MistralConfig,
-    Qwen3VLConfig,
-)
+from transformers import CLIPTextConfig, LlavaConfig, LlavaNextConfig, Qwen3VLConfig
 
 from foveate.errors import FoveateError
 from foveate.registry import METHODS, Pair, pairs_of
 
 
-_VISION: dict[str, Any] = {
+_CLIP: dict[str, Any] = {
+    "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -42,39 +36,53 @@ _QUESTION: dict[str, Any] = {
     "max_position_embeddings": 77,
     "projection_dim": 768,
 }
-_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
-_MISTRAL = {**_7B, "intermediate_size": 14336, "num_key_value_heads": 8}
-_VOCABULARY = 32064
-_QWEN_VISION: dict[str, Any] = {
-    "depth": 24,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_heads": 16,
-    "patch_size": 16,
-    "spatial_merge_size": 2,
-    "out_hidden_size": 2048,
-    "deepstack_visual_indexes": [5, 11, 17],
+_7B: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
 }
-_QWEN_2B = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
+_13B = {**_7B, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+_MISTRAL = {**_7B, "model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8}
+_TILES: dict[str, Any] = {
+    "dtype": torch.float16,
+    "vision_config": _CLIP,
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
 }
-_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+_QWEN_2B: dict[str, Any] = {
+    "dtype": torch.bfloat16,
+    "tie_word_embeddings": True,
+    "vision_config": {
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_heads": 16,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "out_hidden_size": 2048,
+        "deepstack_visual_indexes": [5, 11, 17],
+    },
+    "text_config": {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+}
 
-#: Config classes of model and language model, and the language model's numbers.
-SHAPES: dict[str, tuple[type, Any, dict[str, int]]] = {
-    "llava-1.5-7b": (LlavaConfig, LlamaConfig, _7B),
-    "llava-1.5-13b": (LlavaConfig, LlamaConfig, _13B),
-    "llava-next-vicuna-7b": (LlavaNextConfig, LlamaConfig, _7B),
-    "llava-next-vicuna-13b": (LlavaNextConfig, LlamaConfig, _13B),
-    "llava-next-mistral-7b": (LlavaNextConfig, MistralConfig, _MISTRAL),
-    "qwen3-vl-2b": (Qwen3VLConfig, Qwen3VLConfig.sub_configs["text_config"], _QWEN_2B),
+#: Config class of the stock model, and what it is made of.
+SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llava-1.5-7b": (LlavaConfig, {"dtype": torch.float16, "vision_config": _CLIP, "text_config": _7B}),
+    "llava-1.5-13b": (LlavaConfig, {"dtype": torch.float16, "vision_config": _CLIP, "text_config": _13B}),
+    "llava-next-vicuna-7b": (LlavaNextConfig, {**_TILES, "text_config": _7B}),
+    "llava-next-vicuna-13b": (LlavaNextConfig, {**_TILES, "text_config": _13B}),
+    "llava-next-mistral-7b": (LlavaNextConfig, {**_TILES, "text_config": _MISTRAL}),
+    "qwen3-vl-2b": (Qwen3VLConfig, _QWEN_2B),
 }
 
 
@@ -92,35 +100,26 @@ def config_of_shape(name: str, method: str | None = None, settings: Mapping[str,
     """
     if name not in SHAPES:
         raise FoveateError(f"There is no shape '{name}': choose one of {', '.join(SHAPES)}.")
-    config_class, text_class, text = SHAPES[name]
-    fields: dict[str, Any] = {"dtype": torch.float16}
-    if config_class is Qwen3VLConfig:
-        # Dictionaries: 4.57 takes no configs.
-        fields = {"dtype": torch.bfloat16, "vision_config": _QWEN_VISION, "text_config": dict(text)}
-        fields["tie_word_embeddings"] = True
-    else:
-        fields["vision_config"] = CLIPVisionConfig(**_VISION)
-        fields["text_config"] = text_class(vocab_size=_VOCABULARY, **text)
-    if issubclass(config_class, LlavaNextConfig):
-        fields["image_grid_pinpoints"] = _PINPOINTS
+    config_class, published = SHAPES[name]
+    fields = copy.deepcopy(published)  # configs change what they are made of
     if method is None:
         if settings:
             raise FoveateError(
                 f"{name} doesn't compress, so there is no {', '.join(settings)} to set: name a --method."
             )
         return config_class(**fields)
-    backbone = _backbone(name, config_class, method)
-    if "question_config" in backbone.config_class.sub_configs:  # type: ignore[attr-defined]
+    pair = _pair(name, config_class, method)
+    if pair.method.reads_question:
         fields["question_config"] = CLIPTextConfig(**_QUESTION)
-    return backbone.config_class(**fields, compression={"method": method, **(settings or {})})
+    return pair.config_class(**fields, compression={"method": method, **(settings or {})})
 
 
-def _backbone(name: str, config_class: Any, method: str) -> Pair:
+def _pair(name: str, config_class: Any, method: str) -> Pair:
     if method not in METHODS:
         raise FoveateError(f"There is no method '{method}': choose one of {', '.join(METHODS)}.")
-    backbones = {backbone.base_model_type: backbone for backbone in pairs_of(method)}
-    if config_class.model_type not in backbones:
+    pairs = {pair.base_model_type: pair for pair in pairs_of(method)}
+    if config_class.model_type not in pairs:
         raise FoveateError(
-            f"{name} is a '{config_class.model_type}' model: the method '{method}' compresses {', '.join(backbones)}."
+            f"{name} is a '{config_class.model_type}' model: the method '{method}' compresses {', '.join(pairs)}."
         )
-    return backbones[config_class.model_type]
+    return pairs[config_class.model_type]
