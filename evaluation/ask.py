@@ -13,12 +13,12 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from foveate.errors import FoveateError
-from foveate.evaluation.flops import kv_bytes_by_account
 from foveate.evaluation.harness import Checkpoint, open_checkpoint, require_writable, visual_tokens_kept
 from foveate.evaluation.picture import SeenImage, draw_compression, pixels_of_patches, seen_image, seen_slices
 from foveate.lab.large_scenes import draw_large_scene, draw_sliced_scene
 from foveate.lab.scenes import draw_scene, sample_scene
 from foveate.modeling.compatibility import cache_of, iterate_cache_tensors
+from foveate.modeling.core.account import kv_bytes_by_account
 from foveate.modeling.core.outputs import TokenProvenance
 from foveate.modeling.core.precision import dtype_name
 from foveate.modeling.layers.tiles import TileGrid, TileLayout, tile_grid

@@ -9,7 +9,7 @@ turns. Each round gives three ratios of compressed time to stock time, next to t
 - with all layers in both, which is the setting of the paper's Eq. 6 and to be compared with its R.
 
 R counts neither embeddings, class token nor recycling, and neither does it count the question's text encoder and MLP,
-whose times stand beside. The account's shares (`flops.py`) have embeddings and class token as well.
+whose times stand beside. The shares of FLOPs have embeddings and class token as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,6 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModel
 
 from foveate.configuration.configuration_llava_qgvtc import LlavaQGVTCConfig
-from foveate.evaluation.account_qgvtc import account
 from foveate.evaluation.benchmarking import (
     Shapes,
     command_parser,
@@ -39,17 +38,11 @@ from foveate.evaluation.benchmarking import (
     take_turns,
     timed,
 )
-from foveate.evaluation.flops import (
-    VisionLayer,
-    default_image_size,
-    encoder_ratio,
-    uncompressed_account,
-    vision_tower_flops,
-)
 from foveate.modeling.compatibility import clip_layers
 from foveate.modeling.core.precision import fast_dtype
 from foveate.modeling.methods.qgvtc import QuestionProjector
-from foveate.modeling.methods.qgvtc_algorithm import encode_crops
+from foveate.modeling.methods.qgvtc_account import encoder_ratio
+from foveate.modeling.methods.qgvtc_algorithm import encode_crops, token_schedule
 
 
 TARGET = 0.08  # largest distance of the measured ratio, all layers in both, from R, as a share of R
@@ -58,6 +51,29 @@ RATIOS = {
     "without_last_layer": "both without the last layer",
     "all_layers": "both with all layers, as in Eq. 6",
 }
+
+
+@dataclass(frozen=True)
+class _LayerTokens:
+    """How many tokens, the class token among them, go through the parts of an encoder layer: its account, of which the
+    compression's own products are no part.
+
+    Args:
+        queries: through the query and output projections, and rows of the attention.
+        keys: through the key and value projections, and columns of the attention.
+        mlp: through the MLP.
+    """
+
+    queries: int
+    keys: int
+    mlp: int
+
+    def flops(self, config: Any) -> int:
+        """FLOPs of a layer of a tower of this config."""
+        width = config.hidden_size
+        projections = 2 * (self.queries + self.keys) * width * width
+        attention = 2 * self.queries * self.keys * width
+        return 2 * (projections + attention + 2 * self.mlp * width * config.intermediate_size)
 
 
 class _LayerClock:
@@ -180,23 +196,34 @@ def _ratios(stock: torch.Tensor, compressed: torch.Tensor, config: LlavaQGVTCCon
         "without_last_layer": (compressed[:, :-1], stock[:, :-1], ours[:-1], plain[:-1]),
         "all_layers": (compressed, stock, ours, plain),
     }
-    vision = config.vision_config
+    vision, patches = config.vision_config, config.num_patches
+    embedding = 2 * patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size
+
+    def flops(layers: list[_LayerTokens]) -> int:
+        return embedding + sum(layer.flops(vision) for layer in layers)
+
     return {
         name: {
             **spread((mine.sum(1) / theirs.sum(1)).tolist()),
-            "by_account": vision_tower_flops(vision, my_layers) / vision_tower_flops(vision, their_layers),
+            "by_account": flops(my_layers) / flops(their_layers),
         }
         for name, (mine, theirs, my_layers, their_layers) in pairs.items()
     }
 
 
-def _vision_layers(config: LlavaQGVTCConfig) -> tuple[list[VisionLayer], list[VisionLayer]]:
-    """All layers by the account, of the stock tower and of the compressed one, the last on the tokens that are left."""
-    size = default_image_size(config)
-    stock = uncompressed_account(config, size)
-    running = account(config, stock, size).vision_layers
-    last = VisionLayer.plain(1 + config.compression.num_visual_tokens)
-    return list(stock.vision_layers), [*running, last]
+def _vision_layers(config: LlavaQGVTCConfig) -> tuple[list[_LayerTokens], list[_LayerTokens]]:
+    """All layers, of the stock tower and of the compressed one, the last on the tokens that are left."""
+    settings, tokens = config.compression, 1 + config.num_patches
+    schedule = token_schedule(config.num_patches, settings.num_visual_tokens, len(settings.layers))
+    left = dict(zip(settings.layers, schedule))
+    stock = [_LayerTokens(tokens, tokens, tokens)] * config.vision_config.num_hidden_layers
+    compressed, entering = [], tokens
+    for index in range(len(stock)):
+        kept = 1 + left[index] if index in left else entering
+        # Recycling reads the attention of the discarded tokens too; the MLP runs on the kept ones alone.
+        compressed.append(_LayerTokens(entering if settings.recycle else kept, entering, kept))
+        entering = kept
+    return stock, compressed
 
 
 def _layers(stock: torch.Tensor, compressed: torch.Tensor, config: LlavaQGVTCConfig) -> list[dict[str, Any]]:

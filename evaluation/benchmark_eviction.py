@@ -32,9 +32,9 @@ from foveate.evaluation.benchmarking import (
     take_turns,
     timed,
 )
-from foveate.evaluation.flops import Account, account_of, prefill_flops
 from foveate.evaluation.shapes import config_of_shape
 from foveate.modeling.compatibility import cache_argument, cache_of, iterate_cache_tensors
+from foveate.modeling.core.account import Account, account_of, prefill_flops
 from foveate.modeling.core.precision import fast_dtype
 from foveate.modeling.modeling_qwen3_vl_etc import Qwen3VLETCForConditionalGeneration
 

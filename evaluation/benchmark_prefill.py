@@ -33,8 +33,8 @@ from foveate.evaluation.benchmarking import (
     take_turns,
     timed,
 )
-from foveate.evaluation.flops import DEFAULT_TEXT_TOKENS, account_of
 from foveate.evaluation.shapes import config_of_shape
+from foveate.modeling.core.account import DEFAULT_TEXT_TOKENS, account_of
 from foveate.modeling.core.precision import fast_dtype
 from foveate.modeling.modeling_llava_baseline import LlavaBaselineForConditionalGeneration
 from foveate.modeling.modeling_llava_metacompress import LlavaMetaCompressForConditionalGeneration

@@ -32,13 +32,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 from foveate.conversion.checkpoints import content_hash, declared_dtype, fetch_weights, find_checkpoint, read_shards
 from foveate.errors import FoveateError, first_sentence
 from foveate.evaluation.examples import Example, Turn
-from foveate.evaluation.flops import count_without_compression, is_qwen
 from foveate.evaluation.metrics import METRICS, mean_of
 from foveate.evaluation.multi_turn import CachedTurns
 from foveate.evaluation.published_dialogues import GQA_QUESTIONS, VQA_QUESTIONS, PublishedDialogues, mt_gqa, mt_vqa_v2
 from foveate.lab.large_scenes import draw_large_scene, draw_sliced_scene
 from foveate.lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sample_scene
 from foveate.modeling.compatibility import cache_of
+from foveate.modeling.core.account import count_without_compression
 from foveate.modeling.core.base import SavedCompressionMixin
 from foveate.modeling.core.cache import LogicalCache
 from foveate.modeling.core.precision import dtype_name, fast_dtype
@@ -178,11 +178,10 @@ class Checkpoint:
 
     def uncompressed_visual_tokens(self, image: Image.Image) -> int:
         """Tokens that a compressed model would have of an image of which nothing is left out."""
-        config = self.model.config
-        if is_qwen(config):  # limits of an image's size are the processor's
-            size, merged = image.size[::-1], config.vision_config.spatial_merge_size**2
-            return self.processor.image_processor.get_number_of_image_patches(*size, {}) // merged
-        return count_without_compression(config, image.size)
+        merge = getattr(self.model.config.vision_config, "spatial_merge_size", None)
+        if merge is not None:  # limits of an image's size are the processor's
+            return self.processor.image_processor.get_number_of_image_patches(*image.size[::-1], {}) // merge**2
+        return count_without_compression(self.model.model, image.size)
 
     def content_hash(self) -> str:
         """As results record it (see [`content_hash`])."""

@@ -353,10 +353,10 @@ def flops(
     ] = None,
     method: Annotated[str | None, typer.Option(help="With --shape: a name that `foveate methods` lists.")] = None,
     num_visual_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that an image (QG-VTC on LLaVA-NeXT: a tile) is compressed to.")
+        int | None, typer.Option(help="Tokens that an image, or each of its tiles, is compressed to.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="I,J,…", help="QG-VTC: the layers that compress, counted from 0.")
+        str | None, typer.Option(metavar="I,J,…", help="Layers of the vision tower that compress, counted from 0.")
     ] = None,
     settings: Settings = None,
     image_size: Annotated[
@@ -364,7 +364,10 @@ def flops(
     ] = None,
     text_tokens: Annotated[int, typer.Option(help="Length of the prompt without its visual tokens.")] = 60,
     encoder_ratio: Annotated[
-        bool, typer.Option("--encoder-ratio", help="QG-VTC's R (Eq. 6) in percent, of CLIP ViT-L/14-336.")
+        bool,
+        typer.Option(
+            "--encoder-ratio", help="R, a compressing vision tower's share of FLOPs, in percent, of CLIP ViT-L/14-336."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with raw numbers instead of a table.")] = False,
 ) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from foveate.errors import FoveateError
-from foveate.evaluation.flops import DEFAULT_TEXT_TOKENS, Account, account_of, default_image_size, is_qwen
+from foveate.modeling.core.account import DEFAULT_TEXT_TOKENS, Account, account_of, default_image_size
 from foveate.registry import pairs
 from foveate.units import show_flops, show_size
 
 
-_QWEN_PIXELS = (256**2, 4096**2)  # of the published processors
+_PIXEL_LIMITS = (256**2, 4096**2)  # of the published processors
 
 
 def table_of(folder: Path) -> str:
@@ -48,10 +48,10 @@ def read_compressed_config(folder: Path) -> Any:
 
 
 def image_sizes(config: Any, folder: Path) -> list[tuple[int, int]]:
-    """Sizes (width, height) that show what a checkpoint does: one where it makes every image the same size; else one
-    tile or view, two and four of them; and for Qwen3-VL squares between its processor's limits."""
+    """Sizes (width, height) that show what a checkpoint does: one where it makes every image the same size; squares
+    between its processor's limits where an image keeps its size; else one tile or view, two and four of them."""
     width, height = default_image_size(config)
-    if is_qwen(config):
+    if _keeps_size(config):
         least, most = _pixel_limits(folder)
         side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
         wanted = [(least * (most / least) ** (quarter / 4)) ** 0.5 for quarter in (1, 2, 3)]
@@ -61,9 +61,14 @@ def image_sizes(config: Any, folder: Path) -> list[tuple[int, int]]:
     return [(width, height), (2 * width, height), (2 * width, 2 * height)] if _has_sizes(config) else [(width, height)]
 
 
+def _keeps_size(config: Any) -> bool:
+    """Whether an image runs at its own size, within limits."""
+    return hasattr(config.vision_config, "spatial_merge_size")
+
+
 def _has_sizes(config: Any) -> bool:
     return (
-        is_qwen(config)
+        _keeps_size(config)
         or hasattr(config, "image_grid_pinpoints")
         or getattr(config, "image_processor", None) is not None
     )
@@ -77,7 +82,7 @@ def _pixel_limits(folder: Path) -> tuple[int, int]:
             size = content.get("image_processor", content).get("size") or {}
             if size.get("shortest_edge") and size.get("longest_edge"):
                 return size["shortest_edge"], size["longest_edge"]
-    return _QWEN_PIXELS
+    return _PIXEL_LIMITS
 
 
 def _row(config: Any, size: tuple[int, int], title: str) -> str:

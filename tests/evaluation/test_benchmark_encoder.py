@@ -9,7 +9,8 @@ import torch
 from foveate.evaluation import benchmark_encoder
 from foveate.evaluation.benchmark_encoder import benchmark
 from foveate.evaluation.benchmarking import Shapes, spread, take_turns
-from foveate.evaluation.flops import encoder_ratio, flops
+from foveate.evaluation.flops import flops
+from foveate.modeling.methods.qgvtc_account import encoder_ratio
 
 
 SHAPES = Shapes(

@@ -1,10 +1,10 @@
 """The account of FLOPs and KV bytes: equal to what PyTorch counts, and to what the QG-VTC paper prints."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,22 +24,22 @@ from typer.testing import CliRunner
 
 from foveate.cli import app
 from foveate.errors import FoveateError
-from foveate.evaluation import flops as flops_module
-from foveate.evaluation.flops import (
+from foveate.evaluation.flops import encoder_ratio, flops
+from foveate.evaluation.shapes import SHAPES, config_of_shape
+from foveate.modeling.core.account import (
     account_of,
-    count_tiles,
-    count_visual_tokens,
+    count_image,
     count_without_compression,
-    encoder_ratio,
-    flops,
-    is_qwen,
+    default_image_size,
+    image_inputs,
+    model_without_values,
     prefill_flops,
 )
-from foveate.evaluation.shapes import SHAPES, config_of_shape
 from foveate.modeling.layers import selective_scan
-from foveate.registry import pairs_of
+from foveate.registry import METHODS
 
 from ..contract.conftest import prompt_for
+from ..helpers.closed_forms import closed_forms
 
 
 PROMPT = "USER: <image> what is it ASSISTANT:"
@@ -112,16 +112,20 @@ def image_first(inputs, image_token_id: int):
     return {**inputs, "input_ids": torch.cat([ids[ids == image_token_id], ids[ids != image_token_id]])[None]}
 
 
+def keeps_size(config) -> bool:
+    return hasattr(config.vision_config, "spatial_merge_size")
+
+
 def sizes_of(config) -> list[tuple[int, int]]:
-    """Pictures in pixels; Qwen's as they are after resizing, one without slices where images are cut into such."""
-    if is_qwen(config):
+    """Pictures in pixels, as they are after resizing; one without slices where images are cut into such."""
+    if keeps_size(config):
         return [(84, 56), (56, 56)]
     return [(60, 42), (100, 20), *([(40, 30), (126, 80)] if getattr(config, "image_processor", None) else [])]
 
 
 def of_vision(counter: FlopCounterMode, config) -> tuple[int, int]:
     """Of the vision tower and of what projects its patches."""
-    if not is_qwen(config):
+    if not keeps_size(config):
         return of_module(counter, ".vision_tower"), of_module(counter, ".multi_modal_projector")
     mergers = of_module(counter, ".visual.merger") + sum(
         of_module(counter, f".deepstack_merger_list.{layer}")
@@ -192,8 +196,8 @@ class TestEqualsWhatPyTorchCounts:
     @pytest.mark.parametrize("size", [(42, 42), (84, 84), (100, 20), (20, 100), (61, 80), (13, 7), (500, 11)])
     def test_of_the_tiles_of_llava_next(self, size, tiny_llava_next):
         model = tiny_llava_next
-        number = count_visual_tokens(model.config, size, tokens_per_tile=9)
-        tiles = torch.zeros(1, count_tiles(model.config, size), 3, 42, 42)
+        shape = image_inputs(model.config, size)["pixel_values"].shape
+        tiles, number = torch.zeros(shape), account_of(model.config, size, text_tokens=2).visual_tokens
         ids = torch.tensor([[1, *[model.config.image_token_id] * number, 2]])
         with counting() as counter:  # it complains where the number is wrong
             model(ids, pixel_values=tiles, image_sizes=torch.tensor([[size[1], size[0]]]), logits_to_keep=1)
@@ -245,18 +249,31 @@ class TestThePaper:
         says how long the text was, and the other five cells follow, to 0.25 points."""
 
         def cost(num_visual_tokens: int, text_tokens: int) -> float:
-            settings = {"num_visual_tokens": num_visual_tokens, "layers": PAPER_LAYERS}
-            config = config_of_shape("llava-1.5-7b", "qg-vtc", settings)
-            uncompressed = num_visual_tokens == 576
-            found = account_of(config, (336, 336), text_tokens, uncompressed).total
-            tokens, text = num_visual_tokens + text_tokens, config.text_config
+            before, text = before_the_language_model(num_visual_tokens)
+            tokens = num_visual_tokens + text_tokens
             attention = 4 * tokens**2 * text.hidden_size * text.num_hidden_layers
-            return (found - attention + 2 * (tokens - 1) * text.hidden_size * text.vocab_size) / 1e12
+            return (
+                before + llava_prefill(tokens) - attention + 2 * (tokens - 1) * text.hidden_size * text.vocab_size
+            ) / 1e12
 
         baseline = TABLE_5[576][sample]
         text_tokens = min(range(60, 240), key=lambda length: abs(cost(576, length) - baseline))
         for number, row in TABLE_5.items():
             assert cost(number, text_tokens) == pytest.approx(row[sample], abs=0.0025 * baseline)
+
+
+@functools.cache
+def before_the_language_model(num_visual_tokens: int):
+    """FLOPs of an image by QG-VTC, or by the stock model at 576 tokens; and the language model's config."""
+    settings = {"num_visual_tokens": num_visual_tokens, "layers": PAPER_LAYERS}
+    config = config_of_shape("llava-1.5-7b", "qg-vtc", settings)
+    found = account_of(config, (336, 336), text_tokens=1, uncompressed=num_visual_tokens == 576)
+    return found.total - found.llm_prefill, config.text_config
+
+
+@functools.cache
+def llava_prefill(tokens: int) -> int:
+    return prefill_flops(config_of_shape("llava-1.5-7b").text_config, [(tokens, tokens)])
 
 
 #: Table 5: TFLOPs of ten samples by the number of visual tokens.
@@ -288,7 +305,8 @@ class TestShapes:
         found = flops(shape="llava-1.5-7b", method="meteor", image_size=size)
         assert (found.model.visual_tokens, found.base.visual_tokens) == (tokens, 576)
         assert found.base == flops(shape="llava-1.5-7b", image_size=size).model
-        assert count_without_compression(config_of_shape("llava-1.5-7b", "meteor"), size) == of_all_patches
+        model = model_without_values(config_of_shape("llava-1.5-7b", "meteor"))
+        assert count_without_compression(model, size) == of_all_patches
 
     def test_a_budget_that_the_image_chooses_is_an_upper_bound(self):
         bound = flops(shape="llava-1.5-7b", method="recoverable").model
@@ -367,11 +385,50 @@ class TestTheCommand:
         assert complaint in found.stderr
 
 
-def test_a_method_without_an_account_is_named(monkeypatch):
-    config = config_of_shape("llava-1.5-7b", "recoverable")
-    monkeypatch.setattr(config, "model_type", "llava_sixth")
-    (recoverable,) = pairs_of("recoverable")
-    sixth = replace(recoverable, method=replace(recoverable.method, stem="Sixth"))
-    monkeypatch.setattr(flops_module, "pairs", lambda: [sixth])
-    with pytest.raises(FoveateError, match=r"'recoverable' .* no foveate\.evaluation\.account_sixth"):
-        account_of(config, (336, 336), 60)
+class TestEqualsClosedForms:
+    """At published shapes, where nothing can be run."""
+
+    SETTINGS = {
+        "recoverable": [
+            {},
+            {"variant": "paper"},
+            {"num_visual_tokens": 64},
+            {"num_visual_tokens": 64, "variant": "paper", "text_recovery": False},
+            {"num_visual_tokens": 64, "secondary_recovery": False},
+        ],
+        "qg-vtc": [
+            {},
+            {"num_visual_tokens": 144, "recycle": False},
+            {"num_visual_tokens": 72, "guidance": "cls"},
+            {"num_visual_tokens": 576},
+        ],
+        "meteor": [{}, {"scan": "single"}, {"num_visual_tokens": 288}, {"visual_share": 1}, {"visual_share": 0}],
+        "etc": [{}, {"num_visual_tokens": 4}],
+        "metacompress": [{}, {"keep_ratio": 0.1}, {"keep_ratio": 1.0}],
+        "spatial": [{}, {"keep_ratio": 0.1}, {"keep_ratio": 1.0}],
+    }
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("size", [None, (672, 672), (1000, 300)])
+    @pytest.mark.parametrize("method", [None, *METHODS])
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_of_every_part(self, shape, method, size):
+        """To 2 parts in 10⁵, of a scan's padding; all but the compressor exactly."""
+        if method is not None and SHAPES[shape][0].model_type not in METHODS[method].backbones:
+            pytest.skip(f"{method} doesn't compress it")
+        for settings in self.SETTINGS.get(method, [{}]):
+            config = config_of_shape(shape, method, settings)
+            size = size or default_image_size(config)
+            found, expected = account_of(config, size, 60), closed_forms(config, size, 60)
+            for part in ("vision_tower", "text_encoder", "projector", "llm_prefill", "visual_tokens"):
+                assert getattr(found, part) == expected[part], (settings, part)
+            assert found.compressor == pytest.approx(expected["compressor"], rel=3e-5), settings
+
+
+class TestAMethodThatCannotBeCounted:
+    """Its number of tokens depends on values, and it declares nothing."""
+
+    def test_is_named(self):
+        model = model_without_values(config_of_shape("llava-1.5-7b", "recoverable"))
+        with pytest.raises(FoveateError, match=r"'recoverable' costs can't be counted .* declare count_image"):
+            count_image(model, image_inputs(model.config, (336, 336)))
