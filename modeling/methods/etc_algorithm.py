@@ -182,6 +182,11 @@ def push_right(chosen: torch.Tensor) -> torch.Tensor:
     return torch.where(chosen.gather(1, order), order, -1)
 
 
+def take_entries(values: torch.Tensor, index: torch.Tensor, padding: int) -> torch.Tensor:
+    """(batch, entries) → (batch, taken): the values at an index, `padding` where that is −1."""
+    return values.gather(1, index.clamp(min=0)).masked_fill(index < 0, padding)
+
+
 def positions_on_grids(columns: ImageColumns, grids: torch.Tensor) -> torch.Tensor:
     """Qwen's positions in time, height and width, (3, batch, columns), from 0 in each row.
 
