@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import CLIPTextConfig, LlavaConfig
 
+from foveate.configuration.attention import FULL, SLIDING, require_attention
 from foveate.configuration.compression import (
     CompressionSettings,
     QuestionGuidedConfigMixin,
@@ -47,6 +48,10 @@ class RecoverableSettings(CompressionSettings):
         require_bool("secondary_recovery", self.secondary_recovery)
         require_positive_int("lof_neighbors", self.lof_neighbors)
         require_positive_int("secondary_lof_neighbors", self.secondary_lof_neighbors)
+
+    def fitted_to(self, config: Any) -> RecoverableSettings:
+        require_attention(self.method, config.text_config, supported=(FULL, SLIDING))
+        return super().fitted_to(config)
 
 
 class LlavaRecoverableConfig(QuestionGuidedConfigMixin, LlavaConfig):

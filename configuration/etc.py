@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from foveate.configuration.attention import require_attention
 from foveate.configuration.compression import CompressionSettings, require_positive_int
 
 
@@ -37,6 +38,8 @@ class ETCSettings(CompressionSettings):
         return length + self.count_tokens(length)  # read first, then freed
 
     def fitted_to(self, config: Any) -> ETCSettings:
+        # A window counts entries: visual tokens fill it in a masked pass, and are gone from it in passes.
+        require_attention(self.method, config.text_config)
         number = self.num_visual_tokens or 1
         trained = self.trained_tokens or number
         if number > trained:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Cache, CLIPTextModelWithProjection, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
+from foveate.configuration.attention import SLIDING, attention_kinds
 from foveate.configuration.configuration_llava_recoverable import LlavaRecoverableConfig
 from foveate.modeling.compatibility import (
     cache_argument,
@@ -235,6 +236,8 @@ class LlavaRecoverableModel(LogicalModelMixin, LlavaModel):
             inputs_embeds = inputs_embeds.masked_scatter(taken[..., None], tokens)
 
         sequence = lay_out(inputs_embeds, present, logical, lengths)
+        if sequence.has_gaps and SLIDING in attention_kinds(self.config.text_config):
+            sequence.require_no_padding_between_tokens()
         past, length = 0 if logical is None else logical.physical_length, sequence.inputs_embeds.shape[1]
         output = self.language_model(
             inputs_embeds=sequence.inputs_embeds,

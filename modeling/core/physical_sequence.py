@@ -32,6 +32,16 @@ class PhysicalSequence:
     source: torch.Tensor
     has_gaps: bool
 
+    def require_no_padding_between_tokens(self) -> None:
+        """Raises `ValueError` where padding lies between two tokens of a row: a sliding window would count it."""
+        there = self.source >= 0
+        begins = there[:, 1:] & ~there[:, :-1]
+        if bool((begins.sum(1) + there[:, 0] > 1).any()):
+            raise ValueError(
+                "The language model has layers of sliding_attention, whose windows would count the padding between the "
+                "cached tokens and the new ones: go on with one row at a time, or run the whole prompts again."
+            )
+
     def to_logical(self, values: torch.Tensor) -> torch.Tensor:
         """(batch, physical, width) → (batch, logical, width), zeros where the logical column is not there."""
         if self.columns is None:

@@ -338,14 +338,8 @@ class ETCModelMixin(PlacedModelMixin):
             raise ValueError("Compressed images live in the cache: leave use_cache=False out.")
         if cache.logical_length:
             raise ValueError("A compressed image goes with the text before it: start without a cache.")
-        text = self.config.text_config  # type: ignore[attr-defined]
         for image in images:
-            fits = image.keys is not None and (image.grid is not None) == ("image_grid_thw" in self.visual_inputs)
-            if fits:
-                layers, heads, _, width = image.keys.shape  # type: ignore[union-attr]
-                attention = self.language_model.layers[0].self_attn  # type: ignore[attr-defined]
-                fits = (layers, heads, width) == (text.num_hidden_layers, text.num_key_value_heads, attention.head_dim)
-            image.require(method, fits)
+            image.require(method, self._fits(image))
             if image.num_tokens != num_compressed:
                 raise ValueError(
                     f"The image was compressed to {image.num_tokens} token(s), the model is set to {num_compressed}: "
@@ -354,6 +348,15 @@ class ETCModelMixin(PlacedModelMixin):
         grids = None if any(image.grid is None for image in images) else torch.tensor([image.grid for image in images])
         lengths = [image.num_placeholders - num_compressed for image in images]
         return EncodedImages(self.compressor.embeddings[:0], lengths, grids)
+
+    def _fits(self, image: CompressedImage) -> bool:
+        """Whether the image's keys are of this model's shape, and its grid is given where positions need it."""
+        if image.keys is None or (image.grid is not None) != ("image_grid_thw" in self.visual_inputs):
+            return False
+        text = self.config.text_config  # type: ignore[attr-defined]
+        head_width = self.language_model.layers[0].self_attn.head_dim  # type: ignore[attr-defined]
+        layers, heads, _, width = image.keys.shape
+        return (layers, heads, width) == (text.num_hidden_layers, text.num_key_value_heads, head_width)
 
     def _check_prefixes(
         self, images: list[CompressedImage], columns: ImageColumns, input_ids: torch.Tensor | None
