@@ -41,7 +41,7 @@ from foveate.modeling.core.base import (
 )
 from foveate.modeling.core.deferred import LogicalGenerationMixin, LogicalModelMixin
 from foveate.modeling.core.image_inputs import ImageInputsMixin
-from foveate.modeling.core.physical_sequence import PhysicalSequence, lay_out
+from foveate.modeling.core.physical_sequence import PhysicalSequence, build_physical_sequence
 from foveate.modeling.methods.recoverable_algorithm import (
     TokenAssignment,
     assign_tokens,
@@ -235,7 +235,7 @@ class LlavaRecoverableModel(LogicalModelMixin, LlavaModel):
             tokens = images.tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(taken[..., None], tokens)
 
-        sequence = lay_out(inputs_embeds, present, logical, lengths)
+        sequence = build_physical_sequence(inputs_embeds, present, logical, lengths)
         if sequence.has_gaps and SLIDING in attention_kinds(self.config.text_config):
             sequence.require_no_padding_between_tokens()
         past, length = 0 if logical is None else logical.physical_length, sequence.inputs_embeds.shape[1]

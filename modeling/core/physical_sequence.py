@@ -58,7 +58,7 @@ class PhysicalSequence:
         return values.gather(1, self.columns.clamp(min=0)).masked_fill(self.columns < 0, padding)
 
 
-def lay_out(
+def build_physical_sequence(
     inputs_embeds: torch.Tensor,
     present: torch.Tensor | None,
     cache: LogicalCache | None,

@@ -11,7 +11,7 @@ from foveate.modeling.compatibility import cache_argument, cache_positions, fiel
 from foveate.modeling.core.base import CompressedModelOutputWithPast
 from foveate.modeling.core.cache import LogicalCache
 from foveate.modeling.core.deferred import LogicalModelMixin
-from foveate.modeling.core.physical_sequence import lay_out
+from foveate.modeling.core.physical_sequence import build_physical_sequence
 from foveate.modeling.core.positions import line_positions
 
 
@@ -49,7 +49,7 @@ class PlacedModelMixin(LogicalModelMixin):
         """
         batch_size, length = inputs_embeds.shape[:2]
         device = inputs_embeds.device
-        sequence = lay_out(inputs_embeds, present, cache)
+        sequence = build_physical_sequence(inputs_embeds, present, cache)
         if positions is None:
             there = torch.ones(batch_size, length, dtype=torch.bool, device=device) if present is None else present
             positions = line_positions(there)
