@@ -309,7 +309,8 @@ class ETCModelMixin(PlacedModelMixin):
         rows = columns.rows.to(places.device)
         # Where each compressed token's column lies among the entries.
         entries = (cache.source[rows][:, None] == places[..., None]).long().argmax(-1)  # type: ignore[index]
-        found, before = [], {}
+        found: list[CompressedImage] = []
+        before: dict[int, str] = {}  # row → digest of its image before
         for image, (row, first) in enumerate(zip(columns.rows.tolist(), columns.first.tolist())):
             keys, values = (
                 torch.stack([getattr(layer, name)[row][:, entries[image]] for layer in cache.layers])
@@ -363,7 +364,8 @@ class ETCModelMixin(PlacedModelMixin):
     ) -> None:
         if input_ids is None:
             raise ValueError("compressed_images need input_ids: they go with the very text before them.")
-        ids, before = input_ids.cpu(), {}
+        ids = input_ids.cpu()
+        before: dict[int, str] = {}
         for image, row, first in zip(images, columns.rows.tolist(), columns.first.tolist()):
             text = ids[row, :first][columns.present[row, :first]]
             if not torch.equal(text, image.prefix.cpu()) or image.before != before.get(row, ""):  # type: ignore[union-attr]
