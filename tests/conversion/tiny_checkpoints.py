@@ -64,10 +64,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_llava(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
-    """A LLaVA-1.5 of 9 patches an image, with processor and generation config, in one safetensors file."""
+def write_llava(
+    folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, text_class: type = LlamaConfig, **text
+) -> Path:
+    """A LLaVA-1.5 of 9 patches an image, with processor and generation config, in one safetensors file; its language
+    model can be of another class, with more settings."""
     torch.manual_seed(seed)
-    tokenizer, parts = _language_parts()
+    tokenizer, parts = _language_parts(text_class, **text)
     config = LlavaConfig(**parts, image_seq_length=(IMAGE_SIDE // PATCH_SIDE) ** 2)
     LlavaForConditionalGeneration(config).to(dtype).save_pretrained(folder)
     _publish_names(folder)
@@ -155,10 +158,10 @@ _PROCESSOR_ARGUMENTS = {
 }
 
 
-def _language_parts() -> tuple[PreTrainedTokenizerFast, dict]:
+def _language_parts(text_class: type = LlamaConfig, **more) -> tuple[PreTrainedTokenizerFast, dict]:
     """A tokenizer, and the arguments of a LLaVA config that goes with it."""
     tokenizer = _tokenizer(WORDS, ["<image>"])
-    text = LlamaConfig(
+    text = text_class(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -166,6 +169,7 @@ def _language_parts() -> tuple[PreTrainedTokenizerFast, dict]:
         num_attention_heads=2,
         num_key_value_heads=2,
         pad_token_id=tokenizer.pad_token_id,
+        **more,
     )
     return tokenizer, {
         "vision_config": CLIPVisionConfig(**VISION),

@@ -15,7 +15,7 @@ from foveate.modeling.compatibility import (
     cache_of,
     iterate_cache_tensors,
 )
-from foveate.modeling.core.positions import line_positions
+from foveate.modeling.core.deferred import line_positions
 from foveate.modeling.methods import etc as modeling_etc
 from foveate.modeling.methods.etc_algorithm import bottleneck_mask, locate_columns, plan_passes, positions_on_grids
 
