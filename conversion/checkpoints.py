@@ -85,10 +85,7 @@ def find_checkpoint(name: str | Path) -> Path:
         FoveateError: there is no such folder, and the hub and its cache don't have it either.
     """
     if str(name).startswith(LAB_PREFIX):
-        try:
-            return lab_folder(str(name).removeprefix(LAB_PREFIX))
-        except ValueError as error:
-            raise FoveateError(str(error)) from error
+        return lab_folder(str(name).removeprefix(LAB_PREFIX))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
