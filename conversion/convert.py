@@ -319,7 +319,7 @@ def _write_weights(shards: list[Shard], new: list[StreamedTensor], folder: Path,
     if new:
         write_safetensors(folder / names[-1], new)
         weight_map.update(dict.fromkeys(added, names[-1]))
-    total_size = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors.values()) + _num_bytes(new)
+    total_size = sum(shard.num_tensor_bytes for shard in shards) + _num_bytes(new)
     _write_json({"metadata": {"total_size": total_size}, "weight_map": weight_map}, folder / SAFE_WEIGHTS_INDEX_NAME)
 
 
