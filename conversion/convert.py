@@ -44,7 +44,7 @@ from foveate.conversion.checkpoints import (
 from foveate.conversion.file_copy import copy_files, link_file
 from foveate.conversion.safetensors_stream import StreamedTensor, write_safetensors
 from foveate.conversion.text_encoder import CLIP_MODULES, TextEncoder, open_text_encoder
-from foveate.errors import FoveateError, first_sentence
+from foveate.errors import FoveateError, bad_input, first_sentence
 from foveate.hub_cards.card import write_card
 from foveate.hub_cards.manifest import write_manifest
 from foveate.lab import BASES as LAB_BASES
@@ -222,14 +222,12 @@ def _make_config(
     fields = {key: value for key, value in base.config_dict.items() if key != "model_type"}
     if encoder:
         fields["question_config"] = encoder.config.to_dict()
-    try:
+    with bad_input():
         of_tokenizer = pair.config_class.settings_class.settings_from_tokenizer(stock_processor.tokenizer, compression)
         compression = {**of_tokenizer, **compression}
         config = pair.config_class.from_dict({**fields, "compression": compression})
         if keep_ratio is not None:
             config.change_compression(keep_ratio)
-    except ValueError as error:
-        raise FoveateError(first_sentence(error)) from error
     return config
 
 
@@ -247,10 +245,11 @@ def _make_processor(stock: Any, pair: Pair, encoder: TextEncoder | None, config:
     arguments = {name: getattr(stock, name) for name in names if name != "self" and hasattr(stock, name)}
     if encoder:
         arguments["question_tokenizer"] = encoder.tokenizer
-    if pair.image_processor_class is not None:
-        arguments["image_processor"] = pair.image_processor_class.of_stock(stock.image_processor, config)
-    processor = pair.processor_class(**arguments)
-    processor.set_compression(config.compression)
+    with bad_input():
+        if pair.image_processor_class is not None:
+            arguments["image_processor"] = pair.image_processor_class.of_stock(stock.image_processor, config)
+        processor = pair.processor_class(**arguments)
+        processor.set_compression(config.compression)
     return processor
 
 
@@ -316,7 +315,7 @@ def _write_weights(shards: list[Shard], new: list[StreamedTensor], folder: Path,
     if new:
         write_safetensors(folder / names[-1], new)
         weight_map.update(dict.fromkeys(added, names[-1]))
-    total_size = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors.values()) + _num_bytes(new)
+    total_size = sum(shard.num_tensor_bytes for shard in shards) + _num_bytes(new)
     _write_json({"metadata": {"total_size": total_size}, "weight_map": weight_map}, folder / SAFE_WEIGHTS_INDEX_NAME)
 
 

@@ -41,7 +41,7 @@ from foveate.conversion.convert import convert
 from foveate.conversion.safetensors_stream import StreamedTensor, write_checkpoint_weights, write_safetensors
 from foveate.conversion.sentencepiece_model import llama_tokenizer
 from foveate.conversion.stored_weights import StoredWeights, open_weights
-from foveate.errors import FoveateError, first_sentence
+from foveate.errors import FoveateError, bad_input, first_sentence
 from foveate.hub_cards.card import CARD_FILE, write_card
 from foveate.hub_cards.manifest import write_manifest
 
@@ -183,10 +183,8 @@ def import_original(
     """
     out = Path(os.path.abspath(Path(out).expanduser()))
     require_free(out)
-    try:
+    with bad_input():
         require_positive_int("num_visual_tokens", num_visual_tokens, optional=True)
-    except ValueError as error:
-        raise FoveateError(str(error)) from error
     original = _open_original(source, vision_tower)
     if original.voco_id is None and num_visual_tokens is not None:
         raise FoveateError(

@@ -23,7 +23,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from foveate.conversion.atomic_folder import atomic_folder, replaced_folder, require_free, restore_replaced, write_anew
+from foveate.conversion.atomic_folder import atomic_folder, replaced_folder, require_free, sweep_partials, write_anew
 from foveate.conversion.bundle import bundle_files
 from foveate.conversion.checkpoints import LAB_PREFIX, read_config, read_json
 from foveate.conversion.file_copy import copy_files
@@ -143,7 +143,7 @@ def upgrade(
         raise FoveateError("--out writes a folder and --push a commit on the hub: give one of them.")
     folder = Path(checkpoint).expanduser()
     path = Path(os.path.realpath(folder))
-    restore_replaced(path)
+    sweep_partials(path)
     if not folder.is_dir():
         return _upgrade_of_hub(name, out, push, force, api or HfApi())
     if push:

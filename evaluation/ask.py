@@ -87,8 +87,7 @@ def ask(
 
     Raises:
         FoveateError: no question, an image that can't be read, a checkpoint that can't be loaded, a picture that can't
-            be saved under that name.
-        ValueError: an image in which nothing could be seen.
+            be saved under that name, an image in which nothing could be seen.
     """
     if not question.strip():
         raise FoveateError("There is no question: say what you want to know about the image.")

@@ -2,8 +2,8 @@
 
 A checkpoint of LLaVA-1.5-7B's shape (14 GB of random bytes in three files, and a CLIP for the question) is made on the
 fly, converted in processes of their own, by copy and by links, and deleted at the end, with all that was made of it.
-Other such processes are killed at random moments: each may leave nothing, or the whole checkpoint. Then one in its
-authors' layout, pickled, is made and imported.
+Other such processes are killed at random moments: each may leave nothing under the checkpoint's name, or all of it.
+Then one in its authors' layout, pickled, is made and imported.
 """
 
 from __future__ import annotations
@@ -258,11 +258,9 @@ def _run_and_remove(command: list[str], out: Path, min_shards: int = 2) -> dict[
 
 
 def _outcome(work: Path, out: Path, killed: bool) -> str:
-    """What a conversion left: "nothing", "whole" or, if it was not killed in time, "finished"; else "half"."""
-    deadline = time.monotonic() + 60
-    while any(path.name.startswith(".out.") for path in work.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    rest = {path.name for path in work.iterdir()} - {"base", "clip"}
+    """What a conversion left under its name: "nothing", "whole" or, if it was not killed in time, "finished"; else
+    "half". Its hidden folder is removed by the next."""
+    rest = {path.name for path in work.iterdir() if not path.name.startswith(".out.partial-")} - {"base", "clip"}
     if not rest:
         return "nothing"
     found = "whole" if rest == {"out"} and is_whole(out) else "half"

@@ -38,7 +38,7 @@ import torch
 from transformers import AutoConfig
 
 from foveate.conversion.checkpoints import find_checkpoint, read_config
-from foveate.errors import FoveateError, first_sentence
+from foveate.errors import FoveateError, bad_input, first_sentence
 from foveate.evaluation.shapes import config_of_shape
 from foveate.modeling.layers.slices import slice_grid_of
 from foveate.modeling.layers.tiles import TileGrid, tile_grid
@@ -188,8 +188,7 @@ def flops(
 
     Raises:
         FoveateError: not exactly one of checkpoint and shape, one that can't be found or read, an unknown method,
-            settings where nothing compresses, sizes out of range.
-        ValueError: a setting that doesn't exist or is out of range.
+            settings where nothing compresses, that don't exist or are out of range, sizes out of range.
     """
     settings = dict(settings or {})
     if (checkpoint is None) == (shape is None):
@@ -415,7 +414,8 @@ def _config_of(checkpoint: str | Path | None, settings: dict[str, Any]) -> Any:
         return config
     if _method_of(config) is None:
         raise FoveateError(f"{checkpoint} doesn't compress, so there is no {', '.join(settings)} to set.")
-    config.change_compression(**settings)
+    with bad_input():
+        config.change_compression(**settings)
     return config
 
 

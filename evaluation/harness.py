@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
 from foveate.conversion.checkpoints import content_hash, declared_dtype, fetch_weights, find_checkpoint, read_shards
-from foveate.errors import FoveateError, first_sentence
+from foveate.errors import FoveateError, bad_input, first_sentence
 from foveate.evaluation.examples import Example, Turn
 from foveate.evaluation.flops import count_without_compression, is_qwen
 from foveate.evaluation.metrics import METRICS, mean_of
@@ -164,7 +164,8 @@ class Checkpoint:
     def encode(self, conversations: list[list[dict[str, Any]]], images: list[Image.Image]) -> Any:
         """Model inputs of chats with the turn of the assistant opened, and of all their images."""
         prompts = self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-        inputs = self.processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
+        with bad_input():
+            inputs = self.processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
 
     def cached_turns(self, num_rows: int) -> CachedTurns:
@@ -208,8 +209,8 @@ def open_checkpoint(
 
     Raises:
         FoveateError: there is no such checkpoint, it is damaged or not an image-text model, settings for a model that
-            doesn't compress, an unknown quantisation or one whose package is not installed.
-        ValueError: a setting that doesn't exist or is out of range.
+            doesn't compress, don't exist or are out of range, an unknown quantisation or one whose package is not
+            installed.
     """
     device, wanted = _device(device), _dtype(dtype)
     folder = find_checkpoint(name)
@@ -231,7 +232,8 @@ def open_checkpoint(
     if settings and not checkpoint.is_compressed:
         raise FoveateError(f"{name} doesn't compress, so there is no {', '.join(settings)} to set: convert it first.")
     if settings:
-        model.set_compression(processor, **settings)
+        with bad_input():
+            model.set_compression(processor, **settings)
     return checkpoint
 
 

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, bad_input
 from foveate.registry import METHODS, Pair, pairs_of
 
 
@@ -87,8 +87,8 @@ def config_of_shape(name: str, method: str | None = None, settings: Mapping[str,
         settings: fields of the `compression` block.
 
     Raises:
-        FoveateError: an unknown shape or method, a method that doesn't have this backbone, settings without a method.
-        ValueError: a setting that doesn't exist or is out of range.
+        FoveateError: an unknown shape or method, a method that doesn't have this backbone, settings without a method,
+            a setting that doesn't exist or is out of range.
     """
     if name not in SHAPES:
         raise FoveateError(f"There is no shape '{name}': choose one of {', '.join(SHAPES)}.")
@@ -112,7 +112,8 @@ def config_of_shape(name: str, method: str | None = None, settings: Mapping[str,
     backbone = _backbone(name, config_class, method)
     if "question_config" in backbone.config_class.sub_configs:  # type: ignore[attr-defined]
         fields["question_config"] = CLIPTextConfig(**_QUESTION)
-    return backbone.config_class(**fields, compression={"method": method, **(settings or {})})
+    with bad_input():
+        return backbone.config_class(**fields, compression={"method": method, **(settings or {})})
 
 
 def _backbone(name: str, config_class: Any, method: str) -> Pair:

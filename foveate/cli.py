@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 BAD_INPUT, UPGRADE_DUE, INTERRUPTED = 2, 3, 130
 _OPTIONAL = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
-_SPEAKING = ("foveate", "transformers", "transformers_modules", "huggingface_hub", "PIL")
 
 
 class _Commands(TyperGroup):
@@ -56,7 +54,7 @@ class _Commands(TyperGroup):
 def _message_of_bad_input(error: Exception) -> str | None:
     """What to tell the user, on one line; `None` for an error that is not theirs to mend.
 
-    A `ValueError` is theirs where this package or a library that checks input raised it, not where arithmetic failed.
+    A plain `ValueError` is a bug: one that input caused became a `FoveateError` where the input was used.
     """
     from safetensors import SafetensorError
 
@@ -68,12 +66,6 @@ def _message_of_bad_input(error: Exception) -> str | None:
         return f"This needs {_OPTIONAL[error.name]}, which is not installed: pip install 'foveate[eval]'."
     if isinstance(error, SafetensorError):
         return f"A weight file is damaged or not safetensors ({first_sentence(error).rstrip('.')}): download it again."
-    if isinstance(error, ValueError):
-        frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package == "foveate":
-            return " ".join(str(error).split())
-        return first_sentence(error) if package in _SPEAKING else None
     return None
 
 

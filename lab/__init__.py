@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from foveate.errors import FoveateError
+
 
 BASES = {"tiny-llava": "tiny-clip", "tiny-llava-next": "tiny-clip"}
 """The lab's LLaVA models, each with the CLIP checkpoint whose text tower is aligned with its vision tower. A further
@@ -14,7 +16,7 @@ _WEIGHTS = Path(__file__).parent / "weights"
 
 def lab_folder(name: str) -> Path:
     """The folder of a checkpoint that ships with the lab ("tiny-llava", "tiny-clip", or a trained method's, such as
-    "tiny-llava-qg-vtc-72", which is put together first). Raises `ValueError`."""
+    "tiny-llava-qg-vtc-72", which is put together first). Raises `FoveateError`."""
     folder = _WEIGHTS / name
     if (folder / "shard.json").exists():
         from foveate.lab.shards import composed
@@ -22,7 +24,8 @@ def lab_folder(name: str) -> Path:
         return composed(folder)
     if not (folder / "config.json").exists():
         known = sorted(path.name for path in _WEIGHTS.glob("*") if path.is_dir())
-        raise ValueError(f"The lab has no checkpoint '{name}'; it has: {', '.join(known) or 'none (run `make lab`)'}.")
+        has = ", ".join(known) or "none (run `make lab`)"
+        raise FoveateError(f"The lab has no checkpoint '{name}'; it has: {has}.")
     return folder
 
 
