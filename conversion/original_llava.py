@@ -42,8 +42,9 @@ from foveate.conversion.safetensors_stream import StreamedTensor, write_checkpoi
 from foveate.conversion.sentencepiece_model import llama_tokenizer
 from foveate.conversion.stored_weights import StoredWeights, open_weights
 from foveate.errors import FoveateError, bad_input, first_sentence
-from foveate.hub_cards.card import CARD_FILE, write_card
+from foveate.hub_cards.card import write_card
 from foveate.hub_cards.manifest import write_manifest
+from foveate.hub_cards.names import CARD_FILE
 
 
 IMAGE_TOKEN, PAD_TOKEN, VOCO_TOKEN = "<image>", "<pad>", "<voco>"

@@ -27,8 +27,9 @@ from foveate.conversion.atomic_folder import atomic_folder, replaced_folder, req
 from foveate.conversion.bundle import bundle_files
 from foveate.conversion.checkpoints import LAB_PREFIX, read_config, read_json
 from foveate.conversion.file_copy import copy_files
+from foveate.conversion.verify import config_class_of
 from foveate.errors import FoveateError, first_sentence
-from foveate.hub_cards.card import CARD_FILE, PLACE, is_hub_id, read_base_name, read_facts, render_card
+from foveate.hub_cards.card import PLACE, read_base_name, read_facts, render_card
 from foveate.hub_cards.card_lines import line_digests, merge_card
 from foveate.hub_cards.manifest import (
     LEFT_OUT,
@@ -43,8 +44,8 @@ from foveate.hub_cards.manifest import (
     read_manifest,
     to_json,
 )
+from foveate.hub_cards.names import CARD_FILE, is_hub_id
 from foveate.hub_cards.released_card import released_card
-from foveate.hub_cards.verify import config_class_of
 
 
 #: Files in which Transformers looks up which code serves which Auto class.

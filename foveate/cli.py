@@ -203,7 +203,7 @@ def merge(
 ) -> None:
     """Make a whole checkpoint of a small one and its base, with LoRA weights merged."""
     _quiet()
-    from foveate.conversion.adapter_layout import merge as merge_checkpoint
+    from foveate.training.merge import merge as merge_checkpoint
 
     written = merge_checkpoint(checkpoint, out)
     typer.echo(f"Wrote {written} ({_size_of(written)}).")
@@ -469,7 +469,8 @@ def card(
     """Write a checkpoint's model card, with the evaluations that are named and no others."""
     _quiet()
     from foveate.conversion.checkpoints import find_checkpoint
-    from foveate.hub_cards.card import CARD_FILE, write_card
+    from foveate.hub_cards.card import write_card
+    from foveate.hub_cards.names import CARD_FILE
 
     source = None if base is None else find_checkpoint(base)
     write_card(checkpoint.expanduser(), base, source, evaluation or ())
@@ -489,7 +490,7 @@ def verify(
     is that of another version (`foveate upgrade` is due), and else 1.
     """
     _quiet()
-    from foveate.hub_cards.verify import verify as verify_folder
+    from foveate.conversion.verify import verify as verify_folder
 
     found = verify_folder(checkpoint, full)
     typer.echo(f"{checkpoint}: {found.verdict}")
@@ -555,7 +556,7 @@ def push(
 ) -> None:
     """Upload a checkpoint to the hub, in one commit, if there is nothing in it that shouldn't be there."""
     _quiet()
-    from foveate.hub_cards.push import push as push_checkpoint
+    from foveate.conversion.push import push as push_checkpoint
 
     upload = push_checkpoint(checkpoint, repo_id, private, dry_run, force)
     table = _table()

@@ -20,13 +20,14 @@ from foveate.configuration.tested_versions import TESTED_TRANSFORMERS
 from foveate.errors import FoveateError
 from foveate.hub_cards.compression_table import table_of
 from foveate.hub_cards.evaluation_files import Evaluation, read_evaluations
+from foveate.hub_cards.manifest import note_card
 from foveate.hub_cards.method_texts import LIMITS, ORIGINS, SUMMARIES
+from foveate.hub_cards.names import CARD_FILE, is_hub_id
+from foveate.hub_cards.training_records import earlier_stages
 from foveate.modeling.core.loading import BASE_FIELDS
 from foveate.registry import METHODS, Method
-from foveate.training.recipe import earlier_stages
 
 
-CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 #: What stands in a card's examples for the checkpoint's place, until it has one on the hub.
@@ -73,8 +74,6 @@ def write_card(
     Raises:
         FoveateError: no compressed checkpoint, or a result file that is none or is another checkpoint's.
     """
-    from foveate.hub_cards.manifest import note_card  # which imports this module
-
     card = render_card(read_facts(folder, base_name, source, evaluations))
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     note_card(folder)
@@ -156,10 +155,6 @@ def read_base_name(folder: Path) -> str:
         return folder.name
     found = re.search(r"^base_model: (\S+)$", card, re.MULTILINE) or re.search(r"^# (.+) with ", card, re.MULTILINE)
     return found.group(1) if found else folder.name
-
-
-def is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _read_license(source: Path, base_name: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ def write_shard(trained: Path, shard: Path, base: str) -> Path:
     """
     from foveate.conversion.safetensors_stream import write_safetensors
     from foveate.conversion.stored_weights import open_weights
-    from foveate.training.recipe import earlier_stages
+    from foveate.hub_cards.training_records import earlier_stages
 
     modules = {module for stage in earlier_stages(trained).values() for module in stage["learning_rate"]}
     weights = open_weights(trained, trained)
@@ -72,7 +72,7 @@ def compose(shard: Path, out: Path) -> Path:
     from transformers import AutoModelForImageTextToText
 
     from foveate.conversion.convert import convert
-    from foveate.training.train import copy_small_files
+    from foveate.training.merge import copy_small_files
 
     content = json.loads((shard / SHARD_FILE).read_text(encoding="utf-8"))
     compression = dict(content["compression"])
@@ -94,7 +94,7 @@ def compose(shard: Path, out: Path) -> Path:
 
 def _with_adapter(model, shard: Path):
     from foveate.errors import FoveateError
-    from foveate.training.train import merge_lora
+    from foveate.training.merge import merge_lora
 
     try:
         from peft import PeftModel

@@ -37,25 +37,25 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from foveate.conversion.adapter_layout import leave_base_out
 from foveate.conversion.atomic_folder import atomic_folder, require_free
 from foveate.conversion.checkpoints import fetch_weights, find_checkpoint, read_config, read_shards
+from foveate.conversion.without_base import leave_base_out
 from foveate.errors import FoveateError, first_sentence
 from foveate.hub_cards.card import read_base_name, write_card
-from foveate.hub_cards.manifest import MANIFEST_FILE, write_manifest
+from foveate.hub_cards.manifest import write_manifest
+from foveate.hub_cards.training_records import ADAPTER_FOLDER, LOG_FILE, RECIPE_FILE, earlier_stages
 from foveate.modeling.compatibility import CHECKPOINTING
 from foveate.modeling.core.loading import BASE_FIELDS
 from foveate.modeling.core.precision import dtype_name, fast_dtype
 from foveate.registry import METHODS, pairs_of
 from foveate.training.data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
 from foveate.training.distillation import Distillation
+from foveate.training.merge import copy_small_files, merge_lora
 from foveate.training.muon import MuonWithAdamW
 from foveate.training.recipe import (
     OPTIMIZERS,
-    RECIPE_FILE,
     LoraRecipe,
     StageRecipe,
-    earlier_stages,
     read_stage,
     show,
     write_recipe,
@@ -63,8 +63,6 @@ from foveate.training.recipe import (
 from foveate.training.visual_distillation import AUXILIARY, VisualDistillation
 
 
-ADAPTER_FOLDER = "adapter"
-LOG_FILE = "training_log.json"
 _RUN_FILE = "run.json"
 _TRAINED_FILE = "trained.safetensors"
 _MAY_DIFFER = ("workers", "save_steps", "logging_steps")  # on resuming: they change nothing that is learned
@@ -632,28 +630,3 @@ def _write_budget(model: Any, processor: Any, folder: Path) -> None:
         for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
             if (Path(saved) / name).is_file():
                 shutil.copyfile(Path(saved) / name, folder / name)
-
-
-def merge_lora(peft_model: Any) -> Any:
-    """The model with its adapters merged into the linear layers that they stand beside, added in float32."""
-    from peft.tuners.lora import LoraLayer
-
-    for module in peft_model.modules():
-        if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
-            dtype = weight.dtype
-            weight.data = weight.data.float()
-            module.merge()
-            weight.data = weight.data.to(dtype)
-    return peft_model.unload()
-
-
-def copy_small_files(source: Path, folder: Path) -> None:
-    """Config, processor and tokenizers as they were: every version of Transformers reads what conversion wrote, which
-    isn't true of what the newest writes of the same."""
-    for path in sorted(source.rglob("*")):
-        place = path.relative_to(source)
-        is_config = path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json")
-        if path.is_file() and is_config and place.parts[0] not in (ADAPTER_FOLDER, "runs", LOG_FILE, MANIFEST_FILE):
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / place)

@@ -35,9 +35,9 @@ from foveate.cli import app
 from foveate.conversion import checkpoints, original_llava
 from foveate.conversion.safetensors_stream import StreamedTensor, write_checkpoint_weights
 from foveate.conversion.sentencepiece_model import llama_tokenizer
+from foveate.conversion.verify import verify
 from foveate.errors import FoveateError
 from foveate.hub_cards.card import write_card
-from foveate.hub_cards.verify import verify
 
 from .tiny_checkpoints import write_clip, write_llava
 

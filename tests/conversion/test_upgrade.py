@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 from foveate.cli import app
 from foveate.conversion import atomic_folder
 from foveate.conversion.bundle import bundle_files
+from foveate.conversion.push import push
 from foveate.conversion.upgrade import upgrade
+from foveate.conversion.verify import verify
 from foveate.errors import FoveateError
 from foveate.hub_cards import manifest as manifest_module
 from foveate.hub_cards.card import PLACE, read_facts, render_card, write_card
 from foveate.hub_cards.manifest import MANIFEST_FILE, RECORDS, WEIGHTS, write_manifest
-from foveate.hub_cards.push import push
-from foveate.hub_cards.verify import verify
 from foveate.registry import pairs_of
 
 from ..helpers.fake_hub import fake_hub, online_environment

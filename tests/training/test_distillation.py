@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate import FoveateError, convert
+from foveate.lab.fixed_matrix import fit_matrix, retained
 from foveate.training.data import Collator, Example
 from foveate.training.distillation import (
     Distillation,
@@ -18,7 +19,6 @@ from foveate.training.distillation import (
     prediction_loss,
     uncompressed,
 )
-from foveate.training.fixed_matrix import fit_matrix, retained
 from foveate.training.recipe import DistillationRecipe
 from foveate.training.train import train
 

@@ -17,8 +17,9 @@ import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from foveate.conversion.checkpoints import read_config, read_shards
+from foveate.conversion.verify import Verification, verify
 from foveate.errors import FoveateError, first_sentence
-from foveate.hub_cards.card import CARD_FILE, PLACE
+from foveate.hub_cards.card import PLACE
 from foveate.hub_cards.manifest import (
     LEFT_OUT,
     MANIFEST_FILE,
@@ -31,7 +32,7 @@ from foveate.hub_cards.manifest import (
     read_manifest,
     to_json,
 )
-from foveate.hub_cards.verify import Verification, verify
+from foveate.hub_cards.names import CARD_FILE
 from foveate.modeling.core.loading import BASE_FIELDS
 
 

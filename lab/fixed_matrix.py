@@ -1,4 +1,4 @@
-"""A compression matrix for one image and dialogue: `python -m foveate.training.fixed_matrix CKPT` (Section 4,
+"""A compression matrix for one image and dialogue: `python -m foveate.lab.fixed_matrix CKPT` (Section 4,
 Algorithm 2 of MetaCompress).
 
 A research tool: what would a matrix keep that is free to choose, for nothing but this picture and what is asked of it?

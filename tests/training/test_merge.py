@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from foveate import FoveateError, convert, train
 from foveate.cli import app
-from foveate.conversion.adapter_layout import merge
+from foveate.training.merge import merge
 
-from ..training.conftest import QUICK
-from .tiny_checkpoints import write_clip, write_llava
+from ..conversion.tiny_checkpoints import write_clip, write_llava
+from .conftest import QUICK
 
 
 LORA = {"lora.r": 2, "lora.learning_rate": 0.05}

@@ -7,10 +7,10 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate import __version__
+from foveate.conversion.verify import verify
 from foveate.errors import FoveateError
 from foveate.hub_cards import manifest
 from foveate.hub_cards.manifest import MANIFEST_FILE, complete, sha256_of, write_manifest
-from foveate.hub_cards.verify import verify
 
 
 def edit_manifest(folder, **changes):

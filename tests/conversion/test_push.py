@@ -12,10 +12,10 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from foveate.conversion.push import push
 from foveate.errors import FoveateError
 from foveate.hub_cards.card import PLACE, write_card
 from foveate.hub_cards.manifest import MANIFEST_FILE, WEIGHTS, write_manifest
-from foveate.hub_cards.push import push
 
 from ..helpers.fake_hub import fake_hub, online_environment
 
@@ -30,7 +30,7 @@ ROUND_TRIP = textwrap.dedent(
     from huggingface_hub import snapshot_download
     from typer.testing import CliRunner
     from foveate.cli import app
-    from foveate.hub_cards.verify import verify
+    from foveate.conversion.verify import verify
 
     folder, back = sys.argv[1:]
     for words in (["--dry-run"], ["--private"]):

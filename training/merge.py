@@ -1,56 +1,26 @@
-"""Checkpoints that hold only what their base has not: `foveate convert --layout adapter` writes such, training keeps
-them so, and `foveate merge` makes them whole."""
+"""`foveate merge`: a whole checkpoint of one that leaves its base out or has LoRA weights beside it."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 
 from foveate.conversion.atomic_folder import atomic_folder, require_free
-from foveate.conversion.checkpoints import fetch_weights, find_checkpoint, read_config, read_shards
+from foveate.conversion.checkpoints import fetch_weights, find_checkpoint, read_config
 from foveate.errors import FoveateError, first_sentence
+from foveate.hub_cards.card import read_base_name, write_card
+from foveate.hub_cards.manifest import MANIFEST_FILE, write_manifest
+from foveate.hub_cards.training_records import ADAPTER_FOLDER, LOG_FILE, RECIPE_FILE
 from foveate.modeling.core.loading import BASE_FIELDS
 
 
 _SMALL_FILES_BYTES = 32_000_000
-
-
-def leave_base_out(folder: Path, base: str) -> None:
-    """Takes every tensor out of a whole checkpoint's weights that its base has just so, and leaves one small file.
-
-    Args:
-        folder: the checkpoint, whose config names the base already.
-        base: folder or hub id.
-    """
-    base_folder = find_checkpoint(base)
-    fetch_weights(base, base_folder)
-    file_of = {name: shard.path for shard in read_shards(base_folder) for name in shard.tensors}
-    own: dict[str, torch.Tensor] = {}
-    shards = read_shards(folder)
-    for shard in shards:
-        with safe_open(shard.path, "pt") as file:
-            for name in shard.tensors:
-                tensor = file.get_tensor(name)
-                if name not in file_of or not _is_stored(tensor, name, file_of[name]):
-                    own[name] = tensor.clone()  # the file goes
-    mode = shards[0].path.stat().st_mode
-    for path in (*(shard.path for shard in shards), folder / SAFE_WEIGHTS_INDEX_NAME):
-        path.unlink(missing_ok=True)
-    save_file(own, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-    (folder / SAFE_WEIGHTS_NAME).chmod(mode)
-
-
-def _is_stored(tensor: torch.Tensor, name: str, path: Path) -> bool:
-    with safe_open(path, "pt") as file:
-        other = file.get_tensor(name)
-    return other.dtype == tensor.dtype and torch.equal(other, tensor)
 
 
 def merge(checkpoint: str | Path, out: str | Path) -> Path:
@@ -67,11 +37,6 @@ def merge(checkpoint: str | Path, out: str | Path) -> Path:
         FoveateError: `out` exists, there is nothing to merge, the base is not where the checkpoint says, PEFT is
             needed and not installed.
     """
-    from foveate.hub_cards.card import read_base_name, write_card
-    from foveate.hub_cards.manifest import write_manifest
-    from foveate.training.recipe import RECIPE_FILE
-    from foveate.training.train import ADAPTER_FOLDER, LOG_FILE, copy_small_files, merge_lora
-
     out = Path(os.path.abspath(Path(out).expanduser()))
     require_free(out)
     source = find_checkpoint(checkpoint)
@@ -105,3 +70,28 @@ def merge(checkpoint: str | Path, out: str | Path) -> Path:
         write_card(folder, base_name, source)
         write_manifest(folder, base_name)
     return out
+
+
+def merge_lora(peft_model: Any) -> Any:
+    """The model with its adapters merged into the linear layers that they stand beside, added in float32."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            dtype = weight.dtype
+            weight.data = weight.data.float()
+            module.merge()
+            weight.data = weight.data.to(dtype)
+    return peft_model.unload()
+
+
+def copy_small_files(source: Path, folder: Path) -> None:
+    """Config, processor and tokenizers as they were: every version of Transformers reads what conversion wrote, which
+    isn't true of what the newest writes of the same."""
+    for path in sorted(source.rglob("*")):
+        place = path.relative_to(source)
+        is_config = path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json")
+        if path.is_file() and is_config and place.parts[0] not in (ADAPTER_FOLDER, "runs", LOG_FILE, MANIFEST_FILE):
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / place)
