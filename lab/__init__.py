@@ -11,7 +11,7 @@ BASES = {"tiny-llava": "tiny-clip", "tiny-llava-next": "tiny-clip"}
 """The lab's LLaVA models, each with the CLIP checkpoint whose text tower is aligned with its vision tower. A further
 base, "tiny-qwen3vl", has none."""
 
-_WEIGHTS = Path(__file__).parent / "weights"
+_WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
 def lab_folder(name: str) -> Path:

@@ -25,9 +25,9 @@ from foveate.lab.trainings import Training, trained_checkpoint, trained_shard
 from foveate.registry import pairs_of
 
 
-RESULTS = Path(__file__).parent / "results"
-WORK = Path(__file__).parent / "work"
-WEIGHTS = Path(__file__).parent / "weights"
+RESULTS = Path(__file__).resolve().parent / "results"
+WORK = Path(__file__).resolve().parent / "work"
+WEIGHTS = Path(__file__).resolve().parent / "weights"
 console = Console()
 
 

@@ -65,7 +65,7 @@ TILES_STEPS, TILES_RATE = 700, 2e-3
 NUM_STEPS, LEARNING_RATE, BATCH_SIZE = 1000, 1e-3, 4
 KEEP = 0.2
 DIALOGUES, TURNS = 8, 3
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 console = Console()
 
 

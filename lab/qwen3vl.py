@@ -70,7 +70,7 @@ NUM_STEPS, LEARNING_RATE, BATCH_SIZE = 1200, 1.5e-3, 24
 LOOKUP_STEPS, LATER_SHARES = 450, np.array([1, 2, 2, 4, 3, 1]) / 13
 EQUAL_SHARES = np.full(len(QUESTION_TYPES), 1 / len(QUESTION_TYPES))
 TURNS = 9
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 console = Console()
 
 

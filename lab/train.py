@@ -27,7 +27,7 @@ from foveate.lab.vocabulary import CHAT_TEMPLATE, save_tokenizer
 
 
 SEED = 0
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 console = Console()
 
 
