@@ -419,6 +419,8 @@ def _converted(base: str, method: str, out: Path, shape: tuple[tuple[str, Any], 
 
 
 def _trained(row: Measurement, base: str, work: Path) -> str | Path:
+    if row.training is None:
+        raise ValueError(f"{row.name} names no training.")
     if row.shipped is None:
         return trained_checkpoint(row.training, base, work)
     if not (WEIGHTS / row.shipped).exists():

@@ -99,7 +99,7 @@ def fit_matrix(
     model.requires_grad_(False)
     for _ in track(range(steps), "matrix", console=Console(stderr=True), disable=not progress):
         matrix = raw.softmax(-1)
-        tokens = SimpleNamespace(pooler_output=[matrix.to(sequence.dtype) @ sequence])
+        tokens: Any = SimpleNamespace(pooler_output=[matrix.to(sequence.dtype) @ sequence])
         student, _ = answer_logits(model, text, {"mm_encoder_outputs": {"image": tokens}})
         terms = {"prediction": prediction_loss(teacher, student), "entropy": entropy_loss([matrix[None]])}
         optimizer.zero_grad()
