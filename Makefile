@@ -69,11 +69,11 @@ MATRICES := lab/work/converted/metacompress lab:tiny-llava-metacompress-90 \
 KEPT := -seed0-stage0 -seed0 -fast-seed0 -fast-seed1 -question-seed0 -question-fast-seed0 -recycle-seed0 -neither-seed0
 
 benchmark: $(VENV)/.installed-eval
-	$(BIN)/python -m foveate.evaluation.benchmark_compression
-	$(BIN)/python -m foveate.evaluation.benchmark_encoder
-	$(BIN)/python -m foveate.evaluation.benchmark_prefill
-	$(BIN)/python -m foveate.evaluation.benchmark_eviction
-	$(BIN)/python -m foveate.evaluation.benchmark_fusion
+	$(BIN)/python -m benchmarks.compression
+	$(BIN)/python -m benchmarks.encoder
+	$(BIN)/python -m benchmarks.prefill
+	$(BIN)/python -m benchmarks.eviction
+	$(BIN)/python -m benchmarks.fusion
 
 # A strict development install is a folder of links, one a file, which every tool can follow. A new file needs a new one.
 PACKAGE := configuration conversion evaluation foveate hub_cards lab modeling processing training

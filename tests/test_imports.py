@@ -31,7 +31,7 @@ STILL_THERE = {
     "conversion/checkpoints.py": {"lab"},  # `lab_folder` puts shards together, which merges through `training`
     "conversion/convert.py": {"lab"},
     "evaluation/ask.py": {"lab"},
-    "evaluation/benchmark_conversion.py": {"lab"},
+    "benchmarks/conversion.py": {"lab"},
     "evaluation/demo.py": {"lab"},
     "evaluation/harness.py": {"lab"},
     "evaluation/results.py": {"lab"},
