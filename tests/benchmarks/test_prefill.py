@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from benchmarks import prefill
+from benchmarks import prefill, timing
 from benchmarks.prefill import _Bench, benchmark
 from foveate.configuration.configuration_llava_metacompress import LlavaMetaCompressConfig
 from foveate.errors import FoveateError
