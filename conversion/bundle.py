@@ -2,8 +2,8 @@
 
 In the package the files lie in folders and import each other by full names: `from foveate.modeling.core.cache import
 LogicalCache`. A checkpoint's remote code is one flat folder: `from .modeling_core_cache import LogicalCache`. The
-bundle is made of the modules that the checkpoint's `auto_map` names, its entries, and of whatever they import within
-the package. Nothing but the modules' names in those imports is changed, so the same package gives the same bytes.
+bundle is made of the modules that the checkpoint's `auto_map` names, its entries, and of the definitions in others that
+they reach (`pruning.py`). What is kept is as it stands in the package, but for the modules' names in imports.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foveate.conversion.pruning import prune
 from foveate.errors import FoveateError
 from foveate.registry import outside_packages, pairs
 
@@ -107,8 +108,10 @@ def bundle_files(entries: type | Iterable[str]) -> dict[str, bytes]:
     if isinstance(entries, type):
         entries = entry_modules(getattr(entries, "config_class", None) or entries)
     entry_names = set(entries)
-    modules = _collect(entry_names)
-    _require_unique_names(modules)
+    whole = _collect(entry_names)
+    _require_unique_names(whole)
+    needed = prune({name: _read_source(name) for name in whole}, entry_names)
+    modules = {name: _flatten(name, source) for name, source in needed.items()}
     files = {}
     for name, module in modules.items():
         indirect = _name_indirect_imports(module, modules) if name in entry_names else b""
@@ -123,20 +126,19 @@ def _collect(names: Iterable[str]) -> dict[str, FlatModule]:
     while waiting:
         name = waiting.pop()
         if name not in modules:
-            modules[name] = _flatten(name)
+            modules[name] = _flatten(name, _read_source(name))
             waiting.extend(modules[name].imports)
     return modules
 
 
-def _flatten(name: str) -> FlatModule:
-    """Reads a module and rewrites its imports from the package."""
+def _flatten(name: str, source: bytes) -> FlatModule:
+    """A module with its imports from the package rewritten."""
     package, _, place = name.partition(".")
     if ("." not in place or place.split(".")[0] not in FOLDERS) and package not in outside_packages():
         raise FoveateError(
             f"{name} can't be in a bundle: only modules in {package}'s folders {', '.join(FOLDERS)} can."
         )
     packages = {package, "foveate", *outside_packages()}
-    source = _read_source(name)
     lines = source.splitlines(keepends=True)
     imports = set()
     for node in ast.walk(ast.parse(source)):
