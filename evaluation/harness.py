@@ -29,13 +29,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
-from foveate.conversion.checkpoints import content_hash, declared_dtype, fetch_weights, find_checkpoint, read_shards
+from foveate.conversion.checkpoints import declared_dtype, fetch_weights, read_shards
+from foveate.conversion.shards import find_checkpoint
 from foveate.errors import FoveateError, bad_input, first_sentence
 from foveate.evaluation.examples import Example, Turn
 from foveate.evaluation.flops import count_without_compression, is_qwen
 from foveate.evaluation.metrics import METRICS, mean_of
 from foveate.evaluation.multi_turn import CachedTurns
 from foveate.evaluation.published_dialogues import GQA_QUESTIONS, VQA_QUESTIONS, PublishedDialogues, mt_gqa, mt_vqa_v2
+from foveate.hub_cards.content_hash import content_hash
 from foveate.lab.large_scenes import draw_large_scene, draw_sliced_scene
 from foveate.lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sample_scene
 from foveate.modeling.compatibility import cache_of

@@ -28,15 +28,12 @@ MAY_IMPORT = {
 
 #: Imports that are still to be taken out, by file. Each entry has to be needed: the test fails where one is not.
 STILL_THERE = {
-    "conversion/checkpoints.py": {"lab"},  # `lab_folder` puts shards together, which merges through `training`
-    "conversion/convert.py": {"lab"},
     "evaluation/ask.py": {"lab"},
     "evaluation/benchmark_conversion.py": {"lab"},
     "evaluation/demo.py": {"lab"},
     "evaluation/harness.py": {"lab"},
     "evaluation/results.py": {"lab"},
     "hub_cards/compression_table.py": {"evaluation"},
-    "hub_cards/evaluation_files.py": {"conversion", "evaluation"},
     "training/data.py": {"lab"},
 }
 

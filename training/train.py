@@ -38,7 +38,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from foveate.conversion.atomic_folder import atomic_folder, require_free
-from foveate.conversion.checkpoints import fetch_weights, find_checkpoint, read_config, read_shards
+from foveate.conversion.checkpoints import fetch_weights, read_config, read_shards
+from foveate.conversion.merged_weights import copy_small_files, merge_lora
+from foveate.conversion.shards import find_checkpoint
 from foveate.conversion.without_base import leave_base_out
 from foveate.errors import FoveateError, first_sentence
 from foveate.hub_cards.card import read_base_name, write_card
@@ -50,7 +52,6 @@ from foveate.modeling.core.precision import dtype_name, fast_dtype
 from foveate.registry import METHODS, pairs_of
 from foveate.training.data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
 from foveate.training.distillation import Distillation
-from foveate.training.merge import copy_small_files, merge_lora
 from foveate.training.muon import MuonWithAdamW
 from foveate.training.recipe import (
     OPTIMIZERS,
