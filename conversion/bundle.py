@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from foveate.errors import FoveateError
 from foveate.registry import outside_packages, pairs
@@ -147,9 +148,9 @@ def _flatten(name: str) -> FlatModule:
                 )
         elif isinstance(node, ast.ImportFrom) and node.level:
             raise FoveateError(f"{name}, line {node.lineno}, has a relative import: write the module's full name.")
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in packages:
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in packages:
             imports.add(node.module)
-            lines[node.lineno - 1] = _flat_import(name, node, lines[node.lineno - 1])
+            lines[node.lineno - 1] = _flat_import(name, node, node.module, lines[node.lineno - 1])
     return FlatModule(name, b"".join(lines), tuple(sorted(imports)))
 
 
@@ -158,28 +159,29 @@ def _read_source(name: str) -> bytes:
         spec = importlib.util.find_spec(name)
     except ModuleNotFoundError:
         spec = None
-    if spec is None or not hasattr(spec.loader, "get_source"):
+    loader: Any = None if spec is None else spec.loader
+    if spec is None or not hasattr(loader, "get_source"):
         raise FoveateError(f"{name} can't be in a bundle: there is no source of that name.")
     if spec.origin and Path(spec.origin).is_file():
         return Path(spec.origin).read_bytes()
-    return spec.loader.get_source(name).encode()  # of a pair, which has no file
+    return loader.get_source(name).encode()  # of a pair, which has no file
 
 
-def _flat_import(name: str, node: ast.ImportFrom, line: bytes) -> bytes:
+def _flat_import(name: str, node: ast.ImportFrom, module: str, line: bytes) -> bytes:
     """The line of an import from the package, from the module's flat name instead."""
     match = _IMPORT_LINE.match(line)
-    if match is None or match.end("indent") != node.col_offset or match["module"].decode() != node.module:
+    if match is None or match.end("indent") != node.col_offset or match["module"].decode() != module:
         raise FoveateError(
             f"{name}, line {node.lineno}, has an import that Transformers would not find in remote code: write "
             "`from package.folder.module import name` on a line of its own."
         )
-    if node.module.split(".")[0] not in outside_packages() and node.module.count(".") < 2:
+    if module.split(".")[0] not in outside_packages() and module.count(".") < 2:
         raise FoveateError(
-            f"{name}, line {node.lineno}, imports from {node.module}, which is no file that a bundle could hold: "
+            f"{name}, line {node.lineno}, imports from {module}, which is no file that a bundle could hold: "
             "import from the module itself."
         )
     start, end = match.span("module")
-    return line[:start] + b"." + flat_name(node.module).encode() + line[end:]
+    return line[:start] + b"." + flat_name(module).encode() + line[end:]
 
 
 def _require_unique_names(modules: dict[str, FlatModule]) -> None:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,7 @@ def _stream_or_draw_parameters(
             drawn = getattr(compressed, module).to_empty(device="cpu")
             drawn.apply(compressed._init_weights)
             parameters += [
-                StreamedTensor(f"{module}.{name}", dtype, tuple(tensor.shape), lambda tensor=tensor: [tensor])
+                StreamedTensor(f"{module}.{name}", dtype, tuple(tensor.shape), partial(iter, (tensor,)))
                 for name, tensor in drawn.state_dict().items()
             ]
     # Older layouts name a module of the model without a head as it is, newer ones as the model with a head does.

@@ -16,7 +16,7 @@ def merge_lora(peft_model: Any) -> Any:
 
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
+            weight: Any = module.get_base_layer().weight
             dtype = weight.dtype
             weight.data = weight.data.float()
             module.merge()

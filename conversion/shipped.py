@@ -26,7 +26,7 @@ def lab_directory() -> Path:
     spec = find_spec("foveate.lab")
     if spec is None or spec.origin is None:
         raise FoveateError("This installation of foveate has no lab: install foveate again.")
-    return Path(spec.origin).parent
+    return Path(spec.origin).resolve().parent  # a development install is a folder of links
 
 
 def shipped_folder(name: str) -> Path:

@@ -77,7 +77,7 @@ def open_text_encoder(name: str | Path) -> TextEncoder:
         )
     require_tokenizer(name, folder)
     try:
-        clip_config = CLIPConfig.from_pretrained(folder)
+        clip_config: Any = CLIPConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise FoveateError(f"{name}'s config or tokenizer can't be read: {first_sentence(error)}") from error

@@ -92,7 +92,8 @@ def verify(folder: str | Path, full: bool = False) -> Verification:
             f"its code is foveate {package_version()}'s: {'no' if any(code) or elsewhere else 'yes'}"
             f"{'; ' + _WAY_OUT.format(folder) if due else '.'}"
         )
-        return Verification(folder, False, verdict, due, not any(code), *map(tuple, code), elsewhere=elsewhere)
+        changed, missing, added = map(tuple, code)
+        return Verification(folder, False, verdict, due, not any(code), changed, missing, added, elsewhere=elsewhere)
     return _compare_files(folder, present, manifest, code, elsewhere, full)
 
 

@@ -183,8 +183,9 @@ class _Asked:
         output = self.generate(1)
         output.sequences.cpu()  # waits for the device
         seconds = time.perf_counter() - start
-        self.kv_bytes = sum(tensor.nbytes for tensor in iterate_cache_tensors(cache_of(output)))
-        self.visual_tokens = int(visual_tokens_kept(cache_of(output), self.is_placeholder))
+        cache: Any = cache_of(output)
+        self.kv_bytes = sum(tensor.nbytes for tensor in iterate_cache_tensors(cache))
+        self.visual_tokens = int(visual_tokens_kept(cache, self.is_placeholder))
         return seconds
 
     def answer(self, max_new_tokens: int) -> str:

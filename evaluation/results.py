@@ -230,8 +230,8 @@ def training_section(title: str, content: dict[str, Any]) -> str:
     for name, values in groups.items():
         rows = [f"| {key.replace('_', ' ')} | {_number(value)} |" for key, value in _flat(values)]
         if rows:
-            title = [f"### {name.replace('_', ' ').capitalize()}\n"] if name else []
-            parts += [*title, "\n".join(["| | |", "| --- | --- |", *rows]) + "\n"]
+            heading = [f"### {name.replace('_', ' ').capitalize()}\n"] if name else []
+            parts += [*heading, "\n".join(["| | |", "| --- | --- |", *rows]) + "\n"]
     return "\n".join(parts)
 
 

@@ -6,7 +6,13 @@ known to Transformers' Auto classes nevertheless (`registration.py`), so that a 
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+
+# In a checkout the other folders lie beside this one; installed, and in a development install's links, they lie in it.
+if not (Path(__file__).parent / "modeling").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 from foveate.errors import FoveateError
 from foveate.registration import register_models

@@ -124,6 +124,7 @@ def render_card(facts: CardFacts) -> str:
 
 def render_template(template: Path, facts: CardFacts, title: str, **words: Any) -> str:
     """A card by a template, with the facts that are no words, and `words` that say the others."""
+    license_fields: dict[str, Any] = dict(facts.license_fields)
     data = ModelCardData(
         base_model=facts.base_name if is_hub_id(facts.base_name) else None,
         library_name="transformers",
@@ -131,7 +132,7 @@ def render_template(template: Path, facts: CardFacts, title: str, **words: Any) 
         tags=["foveate", facts.method.name, "visual-token-compression"],
         model_name=title if facts.results else None,
         eval_results=[result.of_metadata for result in facts.results] or None,
-        **facts.license_fields,
+        **license_fields,
     )
     variables = {
         "missing_base": facts.base_name if BASE_FIELDS[0] in facts.config else None,

@@ -21,7 +21,7 @@ from rich.progress import track
 from foveate.errors import FoveateError
 from foveate.evaluation.harness import open_checkpoint
 from foveate.evaluation.picture import draw_compression, seen_image
-from foveate.modeling.core.exact import SEQUENCE_ROLES, SequenceModelMixin
+from foveate.modeling.core.exact import SequenceModelMixin
 from foveate.modeling.core.outputs import TokenProvenance
 from foveate.modeling.core.precision import dtype_name
 from foveate.modeling.layers.tiles import tile_grid_of
@@ -99,7 +99,7 @@ def fit_matrix(
     model.requires_grad_(False)
     for _ in track(range(steps), "matrix", console=Console(stderr=True), disable=not progress):
         matrix = raw.softmax(-1)
-        tokens = SimpleNamespace(pooler_output=[matrix.to(sequence.dtype) @ sequence])
+        tokens: Any = SimpleNamespace(pooler_output=[matrix.to(sequence.dtype) @ sequence])
         student, _ = answer_logits(model, text, {"mm_encoder_outputs": {"image": tokens}})
         terms = {"prediction": prediction_loss(teacher, student), "entropy": entropy_loss([matrix[None]])}
         optimizer.zero_grad()
@@ -109,8 +109,8 @@ def fit_matrix(
             found[name].append(float(term.detach()))
     matrix = raw.detach().softmax(-1)
     (weights,) = model.model.patches_of([matrix], batch)
-    roles = torch.full((number,), SEQUENCE_ROLES.index("kept"))
-    return FixedMatrix(matrix, provenance=TokenProvenance(weights, roles, SEQUENCE_ROLES), **found)
+    roles = torch.full((number,), SequenceModelMixin.role_names.index("kept"))
+    return FixedMatrix(matrix, provenance=TokenProvenance(weights, roles, SequenceModelMixin.role_names), **found)
 
 
 def retained(provenance: TokenProvenance) -> TokenProvenance:

@@ -15,7 +15,7 @@ from foveate.lab.shards import write_shard
 from foveate.training.train import train
 
 
-RECIPES = Path(__file__).with_name("recipes")
+RECIPES = Path(__file__).resolve().with_name("recipes")
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def _make_job(
     folder = find_checkpoint(checkpoint)
     config = read_config(folder)
     of_base = {backbone.model_type: backbone.base_model_type for backbone in pairs_of(method)}
-    read = read_stage(method, stage, recipe, settings, of_base.get(config.get("model_type"), ""))
+    read = read_stage(method, stage, recipe, settings, of_base.get(str(config.get("model_type")), ""))
     compression = config.get("compression")
     found = compression.get("method") if isinstance(compression, dict) else None
     if found != method:
@@ -236,6 +236,9 @@ def _training_arguments(job: _Job, progress: bool) -> TrainingArguments:
     checkpointing = not on_cpu if recipe.gradient_checkpointing is None else recipe.gradient_checkpointing
     # Older versions of Transformers don't clear what an earlier training or a launcher's configuration left here.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe.precision == "bf16" else "no"
+    activations: dict[str, Any] = {}
+    if checkpointing:
+        activations = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=str(job.state),
         use_cpu=on_cpu,
@@ -248,7 +251,7 @@ def _training_arguments(job: _Job, progress: bool) -> TrainingArguments:
         max_grad_norm=recipe.max_grad_norm or 0.0,
         weight_decay=recipe.weight_decay,
         learning_rate=max([*recipe.learning_rate.values(), *([recipe.lora.learning_rate] if recipe.lora else [])]),
-        **({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}} if checkpointing else {}),
+        **activations,
         seed=recipe.seed,
         dataloader_num_workers=(1 if on_cpu else 4) if recipe.workers is None else recipe.workers,
         dataloader_pin_memory=not on_cpu,
@@ -385,7 +388,7 @@ def _add_lora(model: Any, lora: LoraRecipe) -> Any:
     linear = sorted({name.rpartition(".")[2] for name, part in target.named_modules() if isinstance(part, nn.Linear)})
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=rf"(.*\.)?{lora.target}\.(.*\.)?({'|'.join(linear)})",
         task_type="CAUSAL_LM",
@@ -436,6 +439,9 @@ class StageTrainer(Trainer):
         others: as in `Trainer`.
     """
 
+    model: Any
+    train_dataset: Any
+
     def __init__(self, *args: Any, recipe: StageRecipe, num_steps: int, **kwargs: Any):
         self.recipe, self.num_steps = recipe, num_steps
         super().__init__(*args, **kwargs)
@@ -446,7 +452,7 @@ class StageTrainer(Trainer):
             layers = self.model.model.language_model.layers
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [type(layers[0]).__name__]
 
-        self.objective = None
+        self.objective: Distillation | VisualDistillation | None = None
         if recipe.distillation is not None:
             self.objective = Distillation(self.model, recipe.distillation)
         elif recipe.auxiliary is not None:
@@ -454,7 +460,7 @@ class StageTrainer(Trainer):
         if self.objective is not None:
             self.model_accepts_loss_kwargs = False  # the loss is a mean already, whatever is accumulated
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override] # newer versions name what older ones lack
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         if self.objective is None:
@@ -505,13 +511,13 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         state = self.model.state_dict() if state_dict is None else state_dict
         trained = {name: state[name].detach().cpu().contiguous() for name in self.trained_names}
         save_file(trained, folder / _TRAINED_FILE)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -524,8 +530,8 @@ class _ClipValues(TrainerCallback):
     def __init__(self, limit: float):
         self.limit = limit
 
-    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs: Any) -> None:
-        torch.nn.utils.clip_grad_value_(model.parameters(), self.limit)
+    def on_pre_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
+        torch.nn.utils.clip_grad_value_(kwargs["model"].parameters(), self.limit)
 
 
 class _LetNativeExpertIn(TrainerCallback):
@@ -534,8 +540,8 @@ class _LetNativeExpertIn(TrainerCallback):
     def __init__(self, num_steps: int):
         self.num_steps = num_steps
 
-    def on_step_begin(self, args, state, control, model: nn.Module, **kwargs: Any) -> None:
-        model.model.native_warmup = min(1.0, state.global_step / self.num_steps)
+    def on_step_begin(self, args, state, control, **kwargs: Any) -> None:
+        kwargs["model"].model.native_warmup = min(1.0, state.global_step / self.num_steps)
 
 
 def _callbacks_of(recipe: StageRecipe) -> list[TrainerCallback]:

@@ -40,9 +40,6 @@ from foveate.modeling.methods.recoverable_algorithm import (
 )
 
 
-ROLE_NAMES = ("dropped", "kept by the visual filter", "recovered by the question", "merged")
-
-
 class RecoverableGenerationMixin(DeferredGenerationMixin):
     """The loss, and all logits where they are wanted, are computed of the tokens that are there alone."""
 
@@ -62,6 +59,7 @@ class RecoverableGenerationMixin(DeferredGenerationMixin):
 class RecoverableModelMixin(DeferredModelMixin):
     """The question's text encoder and CLIP's visual projection beside the stock model."""
 
+    role_names = ("dropped", "kept by the visual filter", "recovered by the question", "merged")
     added_modules = ("question_encoder", "visual_projection")
     guiding_inputs = ("question_input_ids", "question_attention_mask")
 
@@ -83,7 +81,9 @@ class RecoverableModelMixin(DeferredModelMixin):
         tokens = self.multi_modal_projector(assignment.tokens(features))
         provenance = None
         if trace:
-            provenance = [TokenProvenance(weights, roles, ROLE_NAMES) for weights, roles in assignment.provenance()]
+            provenance = [
+                TokenProvenance(weights, roles, self.role_names) for weights, roles in assignment.provenance()
+            ]
         return VisualTokens(tokens, assignment.counts.tolist(), provenance=provenance)
 
     def assign_tokens(self, images: Images) -> tuple[torch.Tensor, TokenAssignment]:

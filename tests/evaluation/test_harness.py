@@ -10,11 +10,11 @@ from collections import Counter
 import pytest
 import torch
 
+from benchmarks.compression import Shapes, benchmark
 from foveate.cli import parse_settings
 from foveate.conversion.checkpoints import declared_dtype, read_shards
 from foveate.errors import FoveateError
 from foveate.evaluation import harness
-from foveate.evaluation.benchmark_compression import Shapes, benchmark
 from foveate.evaluation.harness import TASKS, evaluate, lab_dialogues, lab_questions, open_checkpoint
 from foveate.evaluation.metrics import wilson_interval
 from foveate.evaluation.results import write_results

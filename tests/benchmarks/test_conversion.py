@@ -6,10 +6,10 @@ import sys
 import pytest
 from transformers import LlavaConfig
 
+from benchmarks import conversion
+from benchmarks.conversion import benchmark, make_base, run
 from foveate.conversion.checkpoints import read_shards
 from foveate.errors import FoveateError
-from foveate.evaluation import benchmark_conversion
-from foveate.evaluation.benchmark_conversion import benchmark, make_base, run
 from foveate.lab import lab_folder
 
 
@@ -49,9 +49,9 @@ def test_a_failure_is_said():
 
 
 def test_the_command_prints_the_targets(result, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_conversion, "benchmark", lambda *_, **__: dict(result))
-    monkeypatch.setattr(sys, "argv", ["benchmark_conversion"])
-    benchmark_conversion.main()
+    monkeypatch.setattr(conversion, "benchmark", lambda *_, **__: dict(result))
+    monkeypatch.setattr(sys, "argv", ["conversion"])
+    conversion.main()
     printed = capsys.readouterr().out
     assert "Targets: 600 MB; --link 5 s; by copy cp + 5 s." in printed
     assert "half 0" in printed

@@ -1,4 +1,4 @@
-"""`python -m foveate.evaluation.benchmark_fusion`: what LLaVA-Meteor's fusion costs beside the vision tower.
+"""`python -m benchmarks.fusion`: what LLaVA-Meteor's fusion costs beside the vision tower.
 
 At the shapes of CLIP ViT-L/14-336 (LLaVA-1.5's tower), with random weights, in one process: the tower's forward on a
 batch of square views; the whole fusion on what it gives, and the selection after it; the fusion of one view of 144, 576
@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.benchmark import timer
 from transformers import CLIPVisionModel, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from foveate.evaluation.benchmarking import (
+from benchmarks.timing import (
     Shapes,
     command_parser,
     conditions,
     describe,
+    measure_in_turns,
     parse,
     spread,
-    take_turns,
     timed,
 )
 from foveate.modeling.compatibility import replace_clip_embeddings
@@ -110,7 +111,7 @@ def benchmark(
     dtype: torch.dtype | None = None,
     repeats: int = 7,
     progress: bool = True,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = timer,
 ) -> dict[str, Any]:
     """Times everything on the CPU with torch's current number of threads.
 
@@ -128,7 +129,7 @@ def benchmark(
     shapes = shapes or Shapes()
     dtype = dtype or fast_dtype("cpu")
     bench = _Bench(shapes, batch_size, dtype)
-    times = take_turns({name: timed(run, clock) for name, run in bench.parts().items()}, repeats, progress)
+    times = measure_in_turns({name: timed(run, clock) for name, run in bench.parts().items()}, repeats, progress)
     parts = {name: spread(found) for name, found in times.items()}
     tower, fusion, selection = (parts[name]["median"] for name in ("vision tower", "fusion", "selection"))
     return {
@@ -164,11 +165,11 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = command_parser("benchmark_fusion", __doc__)
+    parser = command_parser("fusion", __doc__)
     parser.set_defaults(batch_size=NUM_VIEWS)
     parser.add_argument("--cpu-time", action="store_true", help="processor time, where other work is going on")
     arguments, command = parse(parser)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    clock = time.process_time if arguments.cpu_time else timer
     result = benchmark(None, arguments.batch_size, arguments.dtype, arguments.repeats, clock=clock)
     result["command"] = command
     if arguments.json:

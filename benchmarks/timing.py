@@ -9,7 +9,6 @@ import argparse
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from accelerate import init_empty_weights
 from rich.console import Console
 from rich.progress import track
 from torch import nn
+from torch.utils.benchmark import timer
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from foveate.errors import FoveateError
@@ -106,8 +106,12 @@ def sharing(model: Any, model_class: type, config: Any) -> Any:
     return other.eval()
 
 
-def timed(run: Callable[[], Any], now: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
-    """A call that returns the milliseconds that `run` took by the clock `now`, which counts in seconds."""
+def timed(run: Callable[[], Any], now: Callable[[], float] = timer) -> Callable[[], float]:
+    """A call that returns the milliseconds that `run` took by the clock `now`, which counts in seconds.
+
+    The clock is PyTorch's, which waits for the device. Its `Timer` runs twice to warm up before every measurement,
+    which would treble the time of rounds.
+    """
 
     def measure() -> float:
         start = now()
@@ -117,7 +121,7 @@ def timed(run: Callable[[], Any], now: Callable[[], float] = time.perf_counter) 
     return measure
 
 
-def take_turns(
+def measure_in_turns(
     parts: Mapping[str, Callable[[], Measurement]], repeats: int, progress: bool
 ) -> dict[str, list[Measurement]]:
     """Calls every part once a round, one after the other, so that what else the machine does falls on all of them.
@@ -162,7 +166,7 @@ def describe(result: Mapping[str, Any]) -> str:
 
 def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has; `name` is its module's."""
-    parser = argparse.ArgumentParser(prog=f"python -m foveate.evaluation.{name}", description=description)
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument(
         "--dtype",

@@ -1,4 +1,4 @@
-"""`python -m foveate.evaluation.benchmark_eviction`: what ETC's small cache saves, and where.
+"""`python -m benchmarks.eviction`: what ETC's small cache saves, and where.
 
 At the shapes of Qwen3-VL-2B, with 1024 visual tokens, in one process and on one set of random weights: the first token
 and a later one of the stock model, of ETC, and of ETC on an image that was compressed before. Keys and values are
@@ -18,20 +18,21 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.benchmark import timer
 from transformers import Qwen3VLForConditionalGeneration
 
-from foveate.errors import FoveateError
-from foveate.evaluation.benchmarking import (
+from benchmarks.timing import (
     command_parser,
     conditions,
     describe,
+    measure_in_turns,
     parse,
     random_model,
     sharing,
     spread,
-    take_turns,
     timed,
 )
+from foveate.errors import FoveateError
 from foveate.evaluation.flops import Account, account_of, prefill_flops
 from foveate.evaluation.shapes import config_of_shape
 from foveate.modeling.compatibility import cache_argument, cache_of, iterate_cache_tensors
@@ -146,7 +147,7 @@ def benchmark(
     stock_config = stock_config or config_of_shape(SHAPE)
     dtype = dtype or fast_dtype("cpu")
     bench = _Bench(config, stock_config, side, text_tokens, dtype)
-    now = time.process_time if cpu_time else time.perf_counter
+    now = time.process_time if cpu_time else timer
     parts: dict[str, Callable[[], float]] = {}
     caches, peaks = {}, {}
     for name in NAMES:
@@ -155,7 +156,7 @@ def benchmark(
         caches[name] = kv_bytes(cache_of(output))
         parts[f"{name}: first"] = timed(first, now)
         parts[f"{name}: later"] = timed(bench.later_token(name, cache_of(output)), now)
-    times = take_turns(parts, repeats, progress)
+    times = measure_in_turns(parts, repeats, progress)
     flops = _flops(config, (side, side), text_tokens)
     found = {}
     for name in NAMES:
@@ -230,7 +231,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = command_parser("benchmark_eviction", __doc__)
+    parser = command_parser("eviction", __doc__)
     parser.add_argument("--cpu-time", action="store_true", help="count processor time: for a machine that is busy")
     arguments, command = parse(parser)
     try:

@@ -1,4 +1,4 @@
-"""`python -m foveate.evaluation.benchmark_compression`: what compression itself costs beside the vision tower.
+"""`python -m benchmarks.compression`: what compression itself costs beside the vision tower.
 
 At the shapes of CLIP ViT-L/14-336 (LLaVA-1.5's tower), with random weights, in one process: the tower's forward; every
 part of Recoverable Compression, for both variants; and the text encoder's forward, which is not part of the compression
@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModel
 
-from foveate.evaluation.benchmarking import Shapes, command_parser, conditions, describe, parse, take_turns, timed
+from benchmarks.timing import Shapes, command_parser, conditions, describe, measure_in_turns, parse, timed
 from foveate.modeling.compatibility import clip_embeddings, clip_layers, run_clip_layer
 from foveate.modeling.core.precision import fast_dtype
 from foveate.modeling.methods.recoverable_algorithm import assign_tokens, class_token_scores, text_similarity
@@ -106,7 +106,7 @@ def benchmark(
     shapes = shapes or Shapes()
     dtype = dtype or fast_dtype("cpu")
     bench = _Bench(shapes, batch_size, dtype)
-    times = take_turns({name: timed(run) for name, run in bench.parts().items()}, repeats, progress)
+    times = measure_in_turns({name: timed(run) for name, run in bench.parts().items()}, repeats, progress)
     medians = {name: statistics.median(found) for name, found in times.items()}
     return {
         "parts": medians,
@@ -142,7 +142,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    arguments, command = parse(command_parser("benchmark_compression", __doc__))
+    arguments, command = parse(command_parser("compression", __doc__))
     result = benchmark(batch_size=arguments.batch_size, dtype=arguments.dtype, repeats=arguments.repeats)
     result["command"] = command
     if arguments.json:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from foveate.evaluation.benchmarking import command_parser, conditions, describe, parse
+from benchmarks.timing import command_parser, conditions, describe, parse
 
 
 class MadeError(Exception):
@@ -16,7 +16,7 @@ class MadeError(Exception):
 @pytest.mark.parametrize("name", ["compression", "encoder", "eviction", "fusion", "prefill"])
 @pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32])
 def test_the_dtype_is_what_the_processor_computes_fast_in(name, fast, monkeypatch):
-    module, made = importlib.import_module(f"foveate.evaluation.benchmark_{name}"), []
+    module, made = importlib.import_module(f"benchmarks.{name}"), []
 
     class Bench:
         def __init__(self, *args):
@@ -42,9 +42,9 @@ def test_the_dtype_is_what_the_processor_computes_fast_in(name, fast, monkeypatc
 )
 def test_the_option_names_it(words, expected, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", *words])
-    arguments, command = parse(command_parser("benchmark_fusion", None))
+    arguments, command = parse(command_parser("fusion", None))
     assert arguments.dtype is expected
-    assert command == " ".join(["python -m foveate.evaluation.benchmark_fusion", *words])
+    assert command == " ".join(["python -m benchmarks.fusion", *words])
 
 
 def test_the_conditions_say_it():

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from foveate.evaluation import benchmark_fusion
-from foveate.evaluation.benchmark_fusion import _Bench, benchmark
-from foveate.evaluation.benchmarking import Shapes
+from benchmarks import fusion
+from benchmarks.fusion import _Bench, benchmark
+from benchmarks.timing import Shapes
 
 
 SHAPES = Shapes(width=32, layers=3, heads=2, image_size=56, patch_size=14)
@@ -48,9 +48,9 @@ def test_the_tower_and_the_selection_are_on_whole_views():
 
 
 def test_the_command_prints_the_target_beside_it(result, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_fusion, "benchmark", lambda *_, **__: dict(result))
-    monkeypatch.setattr(sys, "argv", ["benchmark_fusion", "--repeats", "2"])
-    benchmark_fusion.main()
+    monkeypatch.setattr(fusion, "benchmark", lambda *_, **__: dict(result))
+    monkeypatch.setattr(sys, "argv", ["fusion", "--repeats", "2"])
+    fusion.main()
     printed = capsys.readouterr().out
     assert "Target: fusion at most 15% of the tower's forward." in printed
-    assert "Command: python -m foveate.evaluation.benchmark_fusion --repeats 2" in printed
+    assert "Command: python -m benchmarks.fusion --repeats 2" in printed

@@ -1,4 +1,4 @@
-"""`python -m foveate.evaluation.benchmark_prefill`: what MetaCompress adds to the time to first token.
+"""`python -m benchmarks.prefill`: what MetaCompress adds to the time to first token.
 
 At the shapes of LLaVA-1.5-7B, in one process, on one set of random weights: MetaCompress beside equidistant sampling to
 as many tokens, and the uncompressed model if asked for. The time to first token is one forward pass, from the pixels to
@@ -18,21 +18,22 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.benchmark import timer
 
-from foveate.configuration.configuration_llava_baseline import LlavaBaselineConfig
-from foveate.configuration.configuration_llava_metacompress import LlavaMetaCompressConfig
-from foveate.errors import FoveateError
-from foveate.evaluation.benchmarking import (
+from benchmarks.timing import (
     command_parser,
     conditions,
     describe,
+    measure_in_turns,
     parse,
     random_model,
     sharing,
     spread,
-    take_turns,
     timed,
 )
+from foveate.configuration.configuration_llava_baseline import LlavaBaselineConfig
+from foveate.configuration.configuration_llava_metacompress import LlavaMetaCompressConfig
+from foveate.errors import FoveateError
 from foveate.evaluation.flops import DEFAULT_TEXT_TOKENS, account_of
 from foveate.evaluation.shapes import config_of_shape
 from foveate.modeling.core.precision import fast_dtype
@@ -153,9 +154,9 @@ def benchmark(
     config.text_config.num_hidden_layers = layers
     dtype = dtype or fast_dtype("cpu")
     bench = _Bench(config, text_tokens, batch_size, dtype)
-    now = time.process_time if cpu_time else time.perf_counter
+    now = time.process_time if cpu_time else timer
     parts = {name: timed(run, now) for name, run in bench.parts(with_base).items()}
-    times = take_turns(parts, repeats, progress)
+    times = measure_in_turns(parts, repeats, progress)
     return {
         "milliseconds": {name: spread(values) for name, values in times.items()},
         "ratios": _ratios(times, bench.flops()),
@@ -203,7 +204,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = command_parser("benchmark_prefill", __doc__)
+    parser = command_parser("prefill", __doc__)
     parser.set_defaults(batch_size=1)
     parser.add_argument("--with-base", action="store_true", help="also time the uncompressed model")
     parser.add_argument("--layers", type=int, help="of the language model; all if not said")

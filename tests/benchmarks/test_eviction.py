@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import Qwen3VLConfig
 
+from benchmarks import eviction
+from benchmarks.eviction import NAMES, _Bench, benchmark, kv_bytes
 from foveate.configuration.configuration_qwen3_vl_etc import Qwen3VLETCConfig
-from foveate.evaluation import benchmark_eviction
-from foveate.evaluation.benchmark_eviction import NAMES, _Bench, benchmark, kv_bytes
 from foveate.modeling.compatibility import cache_of
 
 
@@ -87,7 +87,7 @@ def test_the_parts_answer_as_models_of_the_same_weights():
 def test_the_peak_is_what_a_call_takes_on_top():
     """In a process of its own: what an earlier test freed, an allocator may still hold, and hand out again."""
     script = (
-        "import torch; from foveate.evaluation.benchmark_eviction import peak_growth\n"
+        "import torch; from benchmarks.eviction import peak_growth\n"
         "output, found = peak_growth(lambda: torch.ones(64_000_000)); print(len(output), found)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -97,10 +97,10 @@ def test_the_peak_is_what_a_call_takes_on_top():
 
 
 def test_the_command_prints_the_paper_beside_it(result, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_eviction, "benchmark", lambda **_: dict(result))
-    monkeypatch.setattr(sys, "argv", ["benchmark_eviction", "--repeats", "2"])
-    benchmark_eviction.main()
+    monkeypatch.setattr(eviction, "benchmark", lambda **_: dict(result))
+    monkeypatch.setattr(sys, "argv", ["eviction", "--repeats", "2"])
+    eviction.main()
     printed = capsys.readouterr().out
     assert "-66.7%" in printed  # (2 + 5) of (16 + 5) tokens
     assert "KV cache 223.54 → 10.44 (-95.3%)" in printed
-    assert "Command: python -m foveate.evaluation.benchmark_eviction --repeats 2" in printed
+    assert "Command: python -m benchmarks.eviction --repeats 2" in printed

@@ -1,4 +1,4 @@
-"""`python -m foveate.evaluation.benchmark_conversion`: converting a checkpoint of real size, beside plain `cp`.
+"""`python -m benchmarks.conversion`: converting a checkpoint of real size, beside plain `cp`.
 
 A checkpoint of LLaVA-1.5-7B's shape (14 GB of random bytes in three files, and a CLIP for the question) is made on the
 fly, converted in processes of their own, by copy and by links, and deleted at the end, with all that was made of it.
@@ -30,9 +30,9 @@ from rich.table import Table
 from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel, LlamaForCausalLM
 
 from foveate.conversion.checkpoints import VOCABULARY_FILES, read_shards
+from foveate.conversion.shards import lab_folder
 from foveate.errors import FoveateError
 from foveate.evaluation.shapes import config_of_shape
-from foveate.lab import lab_folder
 
 
 SHAPE, NUM_SHARDS = "llava-1.5-7b", 3
@@ -299,7 +299,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m foveate.evaluation.benchmark_conversion", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion", description=__doc__)
     parser.add_argument("--method", default="recoverable")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kills", type=int, default=20)

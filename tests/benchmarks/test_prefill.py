@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from benchmarks import prefill, timing
+from benchmarks.prefill import _Bench, benchmark
 from foveate.configuration.configuration_llava_metacompress import LlavaMetaCompressConfig
 from foveate.errors import FoveateError
-from foveate.evaluation import benchmark_prefill, benchmarking
-from foveate.evaluation.benchmark_prefill import _Bench, benchmark
 from foveate.modeling.compatibility import cache_of, visual_tokens_of
 
 
@@ -83,21 +83,21 @@ def test_the_same_in_bfloat16_with_fewer_layers_and_without_the_base():
 
 
 def test_a_model_that_doesnt_fit_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(benchmarking, "_HEADROOM", 1e12)
+    monkeypatch.setattr(timing, "_HEADROOM", 1e12)
     with pytest.raises(FoveateError, match=r"don't fit in the .* GB of memory that are free: run fewer layers"):
         benchmark(tiny_config(), progress=False)
 
 
 @pytest.mark.parametrize("words", [[], ["--json"], ["--cpu-time", "--with-base"]])
 def test_the_command_prints_a_table_or_json(words, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_prefill, "config_of_shape", tiny_config)
+    monkeypatch.setattr(prefill, "config_of_shape", tiny_config)
     monkeypatch.setattr(sys, "argv", ["", "--repeats", "1", "--dtype", "float32", "--layers", "1", *words])
-    benchmark_prefill.main()
+    prefill.main()
     printed = capsys.readouterr().out
     if "--json" in words:
         found = json.loads(printed)
         assert (found["batch_size"], found["text_tokens"], found["layers"]) == (1, 60, 1)
-        assert found["command"].startswith("python -m foveate.evaluation.benchmark_prefill --repeats 1")
+        assert found["command"].startswith("python -m benchmarks.prefill --repeats 1")
     else:
         assert "16 → 4 visual tokens, 60 of text, 1 of 2 layers" in printed
         assert "at most 103%" in printed and "at most 2%" in printed
@@ -109,8 +109,8 @@ def test_the_command_prints_a_table_or_json(words, monkeypatch, capsys):
     ("words", "complaint"), [(["--layers", "3"], "choose from 1 to"), (["--repeats", "0"], "at least 1")]
 )
 def test_the_command_answers_bad_options_with_one_line(words, complaint, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_prefill, "config_of_shape", tiny_config)
+    monkeypatch.setattr(prefill, "config_of_shape", tiny_config)
     monkeypatch.setattr(sys, "argv", ["", *words])
     with pytest.raises(SystemExit):
-        benchmark_prefill.main()
+        prefill.main()
     assert complaint in capsys.readouterr().err

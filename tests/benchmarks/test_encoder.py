@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from foveate.evaluation import benchmark_encoder
-from foveate.evaluation.benchmark_encoder import benchmark
-from foveate.evaluation.benchmarking import Shapes, spread, take_turns
+from benchmarks import encoder
+from benchmarks.encoder import benchmark
+from benchmarks.timing import Shapes, measure_in_turns, spread
 from foveate.evaluation.flops import encoder_ratio, flops
 
 
@@ -49,10 +49,10 @@ def test_each_ratio_stands_beside_the_share_of_flops(result):
 def test_the_account_of_what_is_run_is_that_of_the_model():
     paper = Shapes()
     found = flops(shape="llava-1.5-7b", method="qg-vtc", settings={"num_visual_tokens": 72})
-    config = benchmark_encoder.LlavaQGVTCConfig(
+    config = encoder.LlavaQGVTCConfig(
         vision_config=paper.vision_config, question_config=paper.text_config, compression={"num_visual_tokens": 72}
     )
-    ratios = benchmark_encoder._ratios(torch.ones(1, 25), torch.ones(1, 25), config)
+    ratios = encoder._ratios(torch.ones(1, 25), torch.ones(1, 25), config)
     assert ratios["as_run"]["by_account"] == found.model.vision_tower / found.base.vision_tower
 
 
@@ -66,10 +66,10 @@ def test_the_layers_are_told_one_by_one(result):
     assert [row["by_account"] for row in rows[:2]] == [1, 1] and rows[2]["by_account"] < 1
 
 
-def test_parts_take_turns_and_the_first_round_warms_up():
+def test_parts_measure_in_turns_and_the_first_round_warms_up():
     calls = []
     parts = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
-    assert take_turns(parts, repeats=2, progress=False) == {"a": [3, 5], "b": [4, 6]}
+    assert measure_in_turns(parts, repeats=2, progress=False) == {"a": [3, 5], "b": [4, 6]}
     assert "".join(calls) == "ababab"
     assert spread([4.0]) == {"median": 4.0, "quartiles": [4.0, 4.0]}
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "quartiles": [2.0, 4.0]}
@@ -77,14 +77,14 @@ def test_parts_take_turns_and_the_first_round_warms_up():
 
 @pytest.mark.parametrize("words", [[], ["--json"], ["--cpu-time"]])
 def test_the_command_prints_a_table_or_json(words, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_encoder, "Shapes", lambda: SHAPES)
+    monkeypatch.setattr(encoder, "Shapes", lambda: SHAPES)
     options = ["--batch-size", "1", "--repeats", "1", "--dtype", "float32", "--num-visual-tokens", "4"]
     monkeypatch.setattr(sys, "argv", ["", *options, "--layers", "2,4", *words])
-    benchmark_encoder.main()
+    encoder.main()
     printed = capsys.readouterr().out
     if "--json" in words:
         assert json.loads(printed)["compression"]["layers"] == [2, 4]
-        assert json.loads(printed)["command"].startswith("python -m foveate.evaluation.benchmark_encoder --batch-size")
+        assert json.loads(printed)["command"].startswith("python -m benchmarks.encoder --batch-size")
     else:
         assert "R of Eq. 6 is" in printed and "16 → 10" in printed
         assert f"By {'processor' if words else 'wall'} time" in printed
@@ -102,5 +102,5 @@ def test_the_command_prints_a_table_or_json(words, monkeypatch, capsys):
 def test_the_command_answers_bad_options_with_one_line(words, complaint, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["", *words])
     with pytest.raises(SystemExit):
-        benchmark_encoder.main()
+        encoder.main()
     assert complaint in capsys.readouterr().err

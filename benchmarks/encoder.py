@@ -1,4 +1,4 @@
-"""`python -m foveate.evaluation.benchmark_encoder`: what QG-VTC's vision encoder takes beside the stock one.
+"""`python -m benchmarks.encoder`: what QG-VTC's vision encoder takes beside the stock one.
 
 At the shapes of CLIP ViT-L/14-336 (LLaVA-1.5's tower), with random weights, in one process, where the two encoders take
 turns. Each round gives three ratios of compressed time to stock time, next to the share of FLOPs that they should have:
@@ -25,20 +25,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils.benchmark import timer
 from transformers import CLIPTextModelWithProjection, CLIPVisionModel
 
-from foveate.configuration.configuration_llava_qgvtc import LlavaQGVTCConfig
-from foveate.evaluation.account_qgvtc import account
-from foveate.evaluation.benchmarking import (
+from benchmarks.timing import (
     Shapes,
     command_parser,
     conditions,
     describe,
+    measure_in_turns,
     parse,
     spread,
-    take_turns,
     timed,
 )
+from foveate.configuration.configuration_llava_qgvtc import LlavaQGVTCConfig
+from foveate.evaluation.account_qgvtc import account
 from foveate.evaluation.flops import (
     VisionLayer,
     default_image_size,
@@ -144,8 +145,8 @@ def benchmark(
     )
     settings = config.compression
     dtype = dtype or fast_dtype("cpu")
-    bench = _Bench(config, batch_size, dtype, time.process_time if cpu_time else time.perf_counter)
-    found = take_turns(bench.parts(), repeats, progress)
+    bench = _Bench(config, batch_size, dtype, time.process_time if cpu_time else timer)
+    found = measure_in_turns(bench.parts(), repeats, progress)
     stock, compressed = (torch.tensor(found.pop(name), dtype=torch.float64) for name in ("stock", "compressed"))
     times = {
         f"stock, {shapes.layers} layers": stock.sum(1).tolist(),
@@ -251,7 +252,7 @@ def layer_list(words: str) -> list[int]:
 
 
 def main() -> None:
-    parser = command_parser("benchmark_encoder", __doc__)
+    parser = command_parser("encoder", __doc__)
     parser.add_argument("--num-visual-tokens", type=int, help="72 of 576 patches if not said")
     parser.add_argument("--layers", type=layer_list, help="the compressing ones; 12,14,16,18,20,22 if not said")
     parser.add_argument("--cpu-time", action="store_true", help="count processor time: for a machine that is busy")
