@@ -30,9 +30,9 @@ from rich.table import Table
 from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel, LlamaForCausalLM
 
 from foveate.conversion.checkpoints import VOCABULARY_FILES, read_shards
+from foveate.conversion.shards import lab_folder
 from foveate.errors import FoveateError
 from foveate.evaluation.shapes import config_of_shape
-from foveate.lab import lab_folder
 
 
 SHAPE, NUM_SHARDS = "llava-1.5-7b", 3

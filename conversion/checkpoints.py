@@ -6,7 +6,6 @@ Everything is checked here, before anything is written: what can't be converted 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -27,11 +26,9 @@ from transformers.utils import (
 )
 
 from foveate.conversion.safetensors_stream import DTYPES
+from foveate.conversion.shipped import LAB_PREFIX, SHARD_FILE, shipped_folder
 from foveate.errors import FoveateError
-from foveate.lab import lab_folder
 
-
-LAB_PREFIX = "lab:"
 
 #: Files that make a tokenizer, of whatever kind; it has at least one of the first.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -77,17 +74,22 @@ class Shard:
         return self.num_bytes - 8 - _header_bytes(self.path)
 
 
-def find_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint; from the hub, with its small files only (see `fetch_weights`).
+def find_stored_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint that is stored as a whole, as every base and text encoder is; from the hub, with its
+    small files only (see `fetch_weights`). `shards.find_checkpoint` also finds what ships as a shard.
 
     Args:
         name: a folder, a hub id, or `lab:NAME`. The hub is asked as `huggingface_hub` is set up (offline, token).
 
     Raises:
-        FoveateError: there is no such folder, and the hub and its cache don't have it either.
+        FoveateError: there is no such folder, and the hub and its cache don't have it either; or it ships as a shard.
     """
     if str(name).startswith(LAB_PREFIX):
-        return lab_folder(str(name).removeprefix(LAB_PREFIX))
+        folder = shipped_folder(str(name).removeprefix(LAB_PREFIX))
+        if (folder / SHARD_FILE).exists():
+            base = read_json(folder / SHARD_FILE)["base"]
+            raise FoveateError(f"{name} is compressed already: take the base that it came from, {base}.")
+        return folder
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -97,10 +99,10 @@ def find_checkpoint(name: str | Path) -> Path:
 
 
 def fetch_weights(name: str | Path, folder: Path, pickled: bool = False) -> None:
-    """Downloads the weights of a checkpoint that `find_checkpoint` found on the hub; does nothing for others.
+    """Downloads the weights of a checkpoint that was found on the hub; does nothing for others.
 
     Args:
-        name: as given to `find_checkpoint`.
+        name: as given to `find_stored_checkpoint`.
         folder: what it returned.
         pickled: where the hub has no safetensors, take `pytorch_model.bin`.
     """
@@ -173,17 +175,6 @@ def declared_dtype(folder: Path, shards: Iterable[Shard]) -> torch.dtype:
     config = read_config(folder)
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)  # the older name
     return dtype if isinstance(dtype, torch.dtype) else stored_dtype(shards)
-
-
-def content_hash(folder: Path) -> str:
-    """The first 16 hex digits of a SHA-256 over a checkpoint's config and weight files, wherever they lie."""
-    digest = hashlib.sha256()
-    for path in [folder / CONFIG_NAME, *sorted(folder.glob("*.safetensors"))]:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]
 
 
 def read_json(path: Path, if_missing: str | None = None) -> dict[str, Any]:

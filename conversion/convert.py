@@ -32,11 +32,10 @@ from transformers.utils import (
 from foveate.conversion.atomic_folder import atomic_folder, require_free
 from foveate.conversion.bundle import write_bundle
 from foveate.conversion.checkpoints import (
-    LAB_PREFIX,
     TOKENIZER_FILES,
     Shard,
     fetch_weights,
-    find_checkpoint,
+    find_stored_checkpoint,
     read_config,
     read_shards,
     require_tokenizer,
@@ -44,11 +43,11 @@ from foveate.conversion.checkpoints import (
 )
 from foveate.conversion.file_copy import copy_files, link_file
 from foveate.conversion.safetensors_stream import StreamedTensor, write_safetensors
+from foveate.conversion.shipped import LAB_PREFIX, TEXT_ENCODERS_THAT_SHIP
 from foveate.conversion.text_encoder import CLIP_MODULES, TextEncoder, open_text_encoder
 from foveate.errors import FoveateError, bad_input, first_sentence
 from foveate.hub_cards.card import write_card
 from foveate.hub_cards.manifest import write_manifest
-from foveate.lab import BASES as LAB_BASES
 from foveate.modeling.core.loading import BASE_FIELDS
 from foveate.processing.question import QUESTION_TOKENIZER_FOLDER, common_start
 from foveate.registry import METHODS, Pair, pairs_of
@@ -158,7 +157,7 @@ def _open_base(name: str | Path, method: str) -> tuple[BaseCheckpoint, Pair]:
     """The base checkpoint, without its weights, and the registry's entry for its kind."""
     if method not in METHODS:
         raise FoveateError(f"There is no method '{method}': choose one of {', '.join(METHODS)}.")
-    folder = find_checkpoint(name)
+    folder = find_stored_checkpoint(name)
     config_dict = read_config(folder)
     pair = _choose_pair(name, config_dict, method)
     try:
@@ -199,9 +198,9 @@ def _open_text_encoder(base: BaseCheckpoint, pair: Pair, method: str, name: str 
 
 
 def _default_text_encoder(base: BaseCheckpoint) -> str:
-    of_lab = {LAB_PREFIX + llava: LAB_PREFIX + clip for llava, clip in LAB_BASES.items()}
-    if base.name in of_lab:
-        return of_lab[base.name]
+    that_ship = {LAB_PREFIX + llava: LAB_PREFIX + clip for llava, clip in TEXT_ENCODERS_THAT_SHIP.items()}
+    if base.name in that_ship:
+        return that_ship[base.name]
     tower = base.config.vision_config
     shape = (tower.hidden_size, tower.num_hidden_layers, tower.image_size, tower.patch_size)
     if shape not in TEXT_ENCODERS:

@@ -36,7 +36,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from foveate.configuration.compression import require_positive_int
 from foveate.conversion.atomic_folder import atomic_folder, require_free
-from foveate.conversion.checkpoints import find_checkpoint, read_config, read_json, require_tokenizer
+from foveate.conversion.checkpoints import find_stored_checkpoint, read_config, read_json, require_tokenizer
 from foveate.conversion.convert import convert
 from foveate.conversion.safetensors_stream import StreamedTensor, write_checkpoint_weights, write_safetensors
 from foveate.conversion.sentencepiece_model import llama_tokenizer
@@ -218,7 +218,7 @@ def import_original(
 
 
 def _open_original(source: str | Path, vision_tower: str | Path | None) -> OriginalLlava:
-    folder = find_checkpoint(source)
+    folder = find_stored_checkpoint(source)
     config = read_config(folder)
     _require_llava(source, config)
     tower = _open_tower(source, config, vision_tower)
@@ -269,7 +269,7 @@ def _open_tower(source: str | Path, config: dict[str, Any], name: str | Path | N
     """The CLIP that the user names or the config does."""
     name = name or config["mm_vision_tower"]
     try:
-        folder = find_checkpoint(name)
+        folder = find_stored_checkpoint(name)
     except FoveateError as error:
         raise FoveateError(
             f"{source}'s vision tower is not found: {str(error).rstrip('.')}, or name it with --vision-tower."

@@ -82,7 +82,7 @@ def open_weights(name: str | Path, folder: Path) -> StoredWeights:
     """Finds a checkpoint's tensors; nothing but names, shapes and dtypes is read.
 
     Args:
-        name: as given to `find_checkpoint`; from the hub, the weights are downloaded.
+        name: as given to `find_stored_checkpoint`; from the hub, the weights are downloaded.
         folder: what it returned.
 
     Raises:

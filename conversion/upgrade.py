@@ -25,8 +25,9 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from foveate.conversion.atomic_folder import atomic_folder, replaced_folder, require_free, sweep_partials, write_anew
 from foveate.conversion.bundle import bundle_files
-from foveate.conversion.checkpoints import LAB_PREFIX, read_config, read_json
+from foveate.conversion.checkpoints import read_config, read_json
 from foveate.conversion.file_copy import copy_files
+from foveate.conversion.shipped import LAB_PREFIX
 from foveate.conversion.verify import config_class_of
 from foveate.errors import FoveateError, first_sentence
 from foveate.hub_cards.card import PLACE, read_base_name, read_facts, render_card

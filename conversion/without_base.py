@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from foveate.conversion.checkpoints import fetch_weights, find_checkpoint, read_shards
+from foveate.conversion.checkpoints import fetch_weights, find_stored_checkpoint, read_shards
 
 
 def leave_base_out(folder: Path, base: str) -> None:
@@ -20,7 +20,7 @@ def leave_base_out(folder: Path, base: str) -> None:
         folder: the checkpoint, whose config names the base already.
         base: folder or hub id.
     """
-    base_folder = find_checkpoint(base)
+    base_folder = find_stored_checkpoint(base)
     fetch_weights(base, base_folder)
     file_of = {name: shard.path for shard in read_shards(base_folder) for name in shard.tensors}
     own: dict[str, torch.Tensor] = {}

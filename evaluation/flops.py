@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from foveate.conversion.checkpoints import find_checkpoint, read_config
+from foveate.conversion.checkpoints import read_config
 from foveate.errors import FoveateError, bad_input, first_sentence
 from foveate.evaluation.shapes import config_of_shape
 from foveate.modeling.layers.slices import slice_grid_of
@@ -404,6 +404,9 @@ def _tile_grid(config: Any, image_size: tuple[int, int]) -> TileGrid | None:
 
 
 def _config_of(checkpoint: str | Path | None, settings: dict[str, Any]) -> Any:
+    # Not above: conversion writes cards, whose table of compression reads this module.
+    from foveate.conversion.shards import find_checkpoint
+
     folder = find_checkpoint(str(checkpoint))
     read_config(folder)  # says what is wrong where there is none
     try:

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from foveate import lab
+from foveate.conversion.shipped import lab_directory
 from foveate.errors import FoveateError
-from foveate.evaluation.harness import TASKS
 from foveate.evaluation.metrics import METRICS, wilson_interval
+from foveate.evaluation.tasks import all_tasks
 
 
-LAB_FOLDER = Path(lab.__file__).parent
+LAB_FOLDER = lab_directory()
 TRAININGS = {
     "training.json": "Training of the lab model",
     "training-next.json": "Training of the model for tiles",
@@ -87,7 +87,7 @@ def _order(result: dict[str, Any]) -> tuple:
 
 
 def _task_order(task: str) -> tuple[int, str]:
-    return ([*TASKS, task].index(task), task)
+    return ([*all_tasks(), task].index(task), task)
 
 
 def metric_of(result: dict[str, Any]) -> str:
@@ -105,7 +105,8 @@ def task_section(task: str, results: list[dict[str, Any]], plot_link: str) -> st
         task: what all `results` are of.
         plot_link: where the plot is, seen from the page.
     """
-    title = f"{task}: {TASKS[task].title}" if task in TASKS else task
+    known = all_tasks()
+    title = f"{task}: {known[task].title}" if task in known else task
     methods = {result["method"]: None for result in results if result["compression"]}
     notes = [f"Measured with {'; '.join(sorted({_versions(result) for result in results}))}."]
     for method in methods:

@@ -468,7 +468,7 @@ def card(
 ) -> None:
     """Write a checkpoint's model card, with the evaluations that are named and no others."""
     _quiet()
-    from foveate.conversion.checkpoints import find_checkpoint
+    from foveate.conversion.shards import find_checkpoint
     from foveate.hub_cards.card import write_card
     from foveate.hub_cards.names import CARD_FILE
 

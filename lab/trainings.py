@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from foveate.conversion.convert import convert
-from foveate.lab.shards import compose, write_shard
+from foveate.conversion.shards import compose
+from foveate.lab.shards import write_shard
 from foveate.training.train import train
 
 

@@ -38,7 +38,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from foveate.conversion.atomic_folder import atomic_folder, require_free
-from foveate.conversion.checkpoints import fetch_weights, find_checkpoint, read_config, read_shards
+from foveate.conversion.checkpoints import fetch_weights, read_config, read_shards
+from foveate.conversion.merged_weights import copy_small_files, merge_lora
+from foveate.conversion.shards import find_checkpoint
 from foveate.conversion.without_base import leave_base_out
 from foveate.errors import FoveateError, first_sentence
 from foveate.hub_cards.card import read_base_name, write_card
@@ -48,9 +50,8 @@ from foveate.modeling.compatibility import CHECKPOINTING
 from foveate.modeling.core.loading import BASE_FIELDS
 from foveate.modeling.core.precision import dtype_name, fast_dtype
 from foveate.registry import METHODS, pairs_of
-from foveate.training.data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
+from foveate.training.data import Collator, Examples, LlavaExamples, TrainingOrder, open_data
 from foveate.training.distillation import Distillation
-from foveate.training.merge import copy_small_files, merge_lora
 from foveate.training.muon import MuonWithAdamW
 from foveate.training.recipe import (
     OPTIMIZERS,
@@ -416,7 +417,7 @@ def _examples_per_step(recipe: StageRecipe, arguments: TrainingArguments) -> int
     return recipe.batch_size * recipe.gradient_accumulation * arguments.world_size
 
 
-def _announce(job: _Job, trainer: StageTrainer, data: LabExamples | LlavaExamples, num_steps: int) -> None:
+def _announce(job: _Job, trainer: StageTrainer, data: Examples, num_steps: int) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"{METHODS[job.method].title}, stage {job.stage} of {job.checkpoint} → {job.out}", markup=False)
     console.print(show(job.recipe.to_dict()).rstrip(), style="dim", markup=False)
@@ -577,7 +578,7 @@ def _fill(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
 # After training
 
 
-def _facts(trainer: StageTrainer, data: LabExamples | LlavaExamples, seconds: float) -> dict[str, Any]:
+def _facts(trainer: StageTrainer, data: Examples, seconds: float) -> dict[str, Any]:
     """What the log says of a run beside its recipe."""
     return {
         "examples": data.summary,

@@ -214,7 +214,7 @@ class TestABaseOnTheHub:
 
 
 def test_a_base_of_the_lab_goes_with_the_text_encoder_of_the_lab(base, clip, out, monkeypatch):
-    monkeypatch.setattr(checkpoints, "lab_folder", {"tiny-llava": base, "tiny-clip": clip}.__getitem__)
+    monkeypatch.setattr(checkpoints, "shipped_folder", {"tiny-llava": base, "tiny-clip": clip}.__getitem__)
     convert("lab:tiny-llava", out)
     assert "visual_projection.weight" in stored_keys(out)
 

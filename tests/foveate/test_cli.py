@@ -22,7 +22,9 @@ from foveate.conversion import convert as convert_module
 from foveate.errors import FoveateError
 from foveate.evaluation import ask as ask_module
 from foveate.evaluation import harness
+from foveate.evaluation.examples import PictureSource
 from foveate.evaluation.harness import open_checkpoint
+from foveate.lab.pictures import PICTURES
 from foveate.lab.scenes import draw_scene, sample_scene
 from foveate.modeling.core.precision import dtype_name, fast_dtype
 
@@ -426,7 +428,7 @@ class TestOtherEnds:
         def fail(*_):
             raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
 
-        monkeypatch.setitem(ask_module.LAB_PICTURES, "lab", fail)
+        monkeypatch.setitem(PICTURES, "lab", PictureSource("scene", fail))
         assert_refused("pip install 'foveate[eval]'", "ask", originals / "compressed", "lab:0", QUESTION)
 
     def test_from_a_shell(self, originals, place):
