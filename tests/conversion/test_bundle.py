@@ -37,11 +37,6 @@ ALLOWED = {
     "the user saves the processor",
     ("processing_question", "QuestionProcessorMixin._load_question_tokenizer", "from_pretrained"): "the second "
     "tokenizer, from where the user loads the processor",
-    (
-        "modeling_compatibility",
-        "",
-        "transformers passed around",
-    ): "`getattr` of a class that 4.57 alone has, by its name",
     ("modeling_core_loading", "", "cached_file"): "imported for the next",
     (
         "modeling_core_loading",
