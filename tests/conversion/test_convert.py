@@ -23,7 +23,7 @@ from foveate.conversion.convert import convert
 from foveate.conversion.file_copy import copy_file, copy_files
 from foveate.errors import FoveateError
 
-from .tiny_checkpoints import split_in_shards, write_clip, write_llava
+from ..helpers.tiny_checkpoints import split_in_shards, write_clip, write_llava
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use_fast.*")

@@ -14,7 +14,7 @@ from foveate.lab.large_scenes import draw_large_scene
 from foveate.lab.scenes import draw_scene, sample_scene
 from foveate.modeling.methods.qgvtc import QGVTCModelMixin
 
-from ..conversion.tiny_checkpoints import write_clip, write_llava, write_llava_next
+from ..helpers.tiny_checkpoints import write_clip, write_llava, write_llava_next
 
 
 QUESTION = "what colour is it"

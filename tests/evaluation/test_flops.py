@@ -39,7 +39,7 @@ from foveate.evaluation.shapes import SHAPES, config_of_shape
 from foveate.modeling.layers import selective_scan
 from foveate.registry import pairs_of
 
-from ..contract.conftest import prompt_for
+from ..helpers.batches import prompt_for
 
 
 PROMPT = "USER: <image> what is it ASSISTANT:"

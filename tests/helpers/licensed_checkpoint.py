@@ -8,7 +8,7 @@ import torch
 
 from foveate import convert
 
-from ..conversion.tiny_checkpoints import write_llava
+from .tiny_checkpoints import write_llava
 
 
 CARD = """---

@@ -20,8 +20,8 @@ from foveate.configuration.attention import attention_kinds, require_attention
 from foveate.errors import FoveateError
 from foveate.modeling.compatibility import cache_argument, cache_of
 
-from ..contract.conftest import ROWS, Row, picture, prompt_for
-from ..conversion.tiny_checkpoints import write_clip, write_llava
+from ..helpers.batches import ROWS, Row, picture, prompt_for
+from ..helpers.tiny_checkpoints import write_clip, write_llava
 
 
 WINDOW = 6  # shorter than an image's 9 patches

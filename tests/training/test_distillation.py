@@ -22,10 +22,10 @@ from foveate.training.distillation import (
 from foveate.training.recipe import DistillationRecipe
 from foveate.training.train import train
 
-from ..contract.conftest import picture
-from ..conversion.tiny_checkpoints import write_llava, write_llava_next
+from ..helpers.batches import picture
 from ..helpers.checkpointing import checkpoint_activations
-from .conftest import QUICK
+from ..helpers.tiny_checkpoints import write_llava, write_llava_next
+from ..helpers.training_runs import QUICK
 
 
 #: Dialogues of several lengths, about images of several sizes, one of them about two.

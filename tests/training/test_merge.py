@@ -13,8 +13,8 @@ from foveate import FoveateError, convert, train
 from foveate.cli import app
 from foveate.training.merge import merge
 
-from ..conversion.tiny_checkpoints import write_clip, write_llava
-from .conftest import QUICK
+from ..helpers.tiny_checkpoints import write_clip, write_llava
+from ..helpers.training_runs import QUICK
 
 
 LORA = {"lora.r": 2, "lora.learning_rate": 0.05}

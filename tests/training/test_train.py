@@ -17,7 +17,7 @@ from foveate.hub_cards.training_records import RECIPE_FILE, earlier_stages
 from foveate.training import train as training
 from foveate.training.recipe import read_stage, write_recipe
 
-from .conftest import QUICK, Watch
+from ..helpers.training_runs import QUICK, Watch
 
 
 LORA = {"lora.r": 2, "lora.dropout": 0.1}  # dropout: going on needs the random numbers' state as well

@@ -47,7 +47,7 @@ NAMES = {
 }  # fmt: skip
 
 
-def offences(code: str) -> dict[tuple[str, str], int]:
+def forbidden_uses(code: str) -> dict[tuple[str, str], int]:
     """Where and what: {("Class.function", "name"): line}; "" for a module's own level."""
     walker = _Walker()
     walker.visit(ast.parse(code))
