@@ -83,7 +83,7 @@ INSTALL := -m pip install --quiet $(STRICT) --constraint constraints.txt --build
 .PHONY: list-files
 build/files.txt: list-files
 	@mkdir -p build
-	@find $(PACKAGE) -name __pycache__ -prune -o -path lab/work -prune -o -type f -print | LC_ALL=C sort > $@.new
+	@find $(PACKAGE) -name __pycache__ -prune -o -path lab/work -prune -o -path lab/results -prune -o -type f -print | LC_ALL=C sort > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt build/files.txt
