@@ -304,6 +304,11 @@ class TestThePageOfResults:
         assert "](results/lab-vqa.png)" in page
         assert "have variant=official" in page  # what all rows share is said once
 
+    def test_begins_with_the_introduction_that_lies_beside_the_results(self, folder, tmp_path):
+        (folder / "introduction.md").write_text("Scenes are drawn.\n")
+        write_results(folder, tmp_path / "RESULTS.md")
+        assert "95 % (Wilson). Scenes are drawn.\n\n## lab-vqa" in (tmp_path / "RESULTS.md").read_text()
+
     def test_pools_the_seeds_of_a_row(self, checkpoints, folder, tmp_path):
         quietly(checkpoints / "base", limit=6, seed=1, output=folder / "base-1.json")
         write_results(folder, tmp_path / "RESULTS.md")
