@@ -577,6 +577,7 @@ METHOD = Method(
     backbones=("llava", "qwen3_vl"),
     needs_training=True,
     equals_stock=False,
+    objective="auxiliary",
     summary=(
         "The language model reads the whole image and, right after it, a few learned tokens that take up what matters. "
         "The text that follows sees those tokens alone, and the image's own keys and values are freed, so that the "
