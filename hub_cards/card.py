@@ -21,7 +21,7 @@ from foveate.errors import FoveateError
 from foveate.hub_cards.compression_table import table_of
 from foveate.hub_cards.evaluation_files import Evaluation, read_evaluations
 from foveate.hub_cards.manifest import note_card
-from foveate.hub_cards.method_texts import LIMITS, ORIGINS, SUMMARIES
+from foveate.hub_cards.method_texts import ORIGINS
 from foveate.hub_cards.names import CARD_FILE, is_hub_id
 from foveate.hub_cards.training_records import earlier_stages
 from foveate.modeling.core.loading import BASE_FIELDS
@@ -112,12 +112,12 @@ def render_card(facts: CardFacts) -> str:
         facts,
         title=f"{facts.base_name} with {method.title}",
         method=_named(method),
-        summary=SUMMARIES.get(method.name, ""),
+        summary=method.summary,
         state=origin[0] if origin else _state(method, training),
         last_tested=".".join(TESTED_TRANSFORMERS[-1].split(".")[:2]),
         untrained=method.needs_training and not training and not origin,
         stages=[_stage_line(number, stage) for number, stage in sorted(training.items())],
-        limits=(*(origin or ())[1:], *LIMITS.get(method.name, ())),
+        limits=(*(origin or ())[1:], *method.limits),
         license=_license_line(facts.license_fields),
     )
 

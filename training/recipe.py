@@ -27,6 +27,8 @@ OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "muon": "adamw_torch"}  # Tr
 PRECISIONS = ("auto", "bf16", "fp32")
 LAB_EXAMPLES = ("descriptions", "questions")
 AUXILIARY_LOSSES = ("vid", "mse", "none")
+#: What a recipe can have beside the answers' loss, by its key; a method declares the one that is its own.
+OBJECTIVES = ("distillation", "auxiliary", "native_warmup_steps")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ from foveate.training.data import Collator, Examples, LlavaExamples, TrainingOrd
 from foveate.training.distillation import Distillation
 from foveate.training.muon import MuonWithAdamW
 from foveate.training.recipe import (
+    OBJECTIVES,
     OPTIMIZERS,
     LoraRecipe,
     StageRecipe,
@@ -333,9 +334,10 @@ def _open_checkpoint(job: _Job, arguments: TrainingArguments) -> tuple[nn.Module
     set_seed(job.recipe.seed)
     _set_budget(job, model, processor)
     unfreeze(model, job.recipe)
-    for part, method in (("distillation", "metacompress"), ("auxiliary", "etc"), ("native_warmup_steps", "meteor")):
-        if getattr(job.recipe, part) is not None and job.method != method:
-            raise FoveateError(f"The recipe has `{part}`, which is of '{method}', not of '{job.method}'.")
+    for objective in OBJECTIVES:
+        if getattr(job.recipe, objective) is not None and objective != METHODS[job.method].objective:
+            owners = "', '".join(name for name, method in METHODS.items() if method.objective == objective)
+            raise FoveateError(f"The recipe has `{objective}`, which is of '{owners}', not of '{job.method}'.")
     if job.recipe.auxiliary is not None:
         VisualDistillation.prepare(model, job.recipe.auxiliary)
     return model, processor

@@ -57,6 +57,8 @@ class Method:
         needs_training: whether a freshly converted checkpoint has weights that mean nothing yet.
         differs_by_question_type: whether what a smaller budget costs depends on what is asked, so that results are
             drawn for each type of question.
+        objective: what its training has beside the answers' loss: the recipe's key for it, one in
+            `training.recipe.OBJECTIVES`, which no other method's recipe may have.
         summary: for a card: what the method does, in a sentence or two.
         limits: for a card: what to know before relying on it.
     """
@@ -76,5 +78,6 @@ class Method:
     family: str | None = None
     needs_training: bool = False
     differs_by_question_type: bool = False
+    objective: str | None = None
     summary: str = ""
     limits: tuple[str, ...] = ()

@@ -578,6 +578,7 @@ METHOD = Method(
     needs_training=True,
     equals_stock=False,
     differs_by_question_type=True,
+    objective="auxiliary",
     summary=(
         "The language model reads the whole image and, right after it, a few learned tokens that take up what matters. "
         "The text that follows sees those tokens alone, and the image's own keys and values are freed, so that the "

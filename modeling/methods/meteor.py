@@ -138,6 +138,7 @@ METHOD = Method(
     needs_training=True,
     equals_stock=False,
     cuts_images=True,
+    objective="native_warmup_steps",
     summary=(
         "An image is seen as a whole and, where it is larger than a view, in slices besides. Two state space blocks "
         "let the patches of a view know of each other in linear time. Of every view, the patches that the class token "
