@@ -29,7 +29,7 @@ test-compat-%: .venv-%/.installed-test
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml # from there, so that it sees the package as it is installed
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -47,7 +47,7 @@ CANARY_TRANSFORMERS ?= transformers
 canary:
 	test -x .venv-canary/bin/python || $(PYTHON) -m venv .venv-canary
 	.venv-canary/bin/python -m pip install --quiet --upgrade pip packaging
-	.venv-canary/bin/python -m pip install --quiet --no-deps --editable .
+	.venv-canary/bin/python -m pip install --quiet --no-deps $(STRICT) --editable .
 	.venv-canary/bin/python tests/canary.py --requirements '$(CANARY_TRANSFORMERS)' > .venv-canary/requirements.txt
 	.venv-canary/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -r .venv-canary/requirements.txt
 	.venv-canary/bin/python tests/canary.py
@@ -69,15 +69,24 @@ MATRICES := lab/work/converted/metacompress lab:tiny-llava-metacompress-90 \
 KEPT := -seed0-stage0 -seed0 -fast-seed0 -fast-seed1 -question-seed0 -question-fast-seed0 -recycle-seed0 -neither-seed0
 
 benchmark: $(VENV)/.installed-eval
-	$(BIN)/python -m foveate.evaluation.benchmark_compression
-	$(BIN)/python -m foveate.evaluation.benchmark_encoder
-	$(BIN)/python -m foveate.evaluation.benchmark_prefill
-	$(BIN)/python -m foveate.evaluation.benchmark_eviction
-	$(BIN)/python -m foveate.evaluation.benchmark_fusion
+	$(BIN)/python -m benchmarks.compression
+	$(BIN)/python -m benchmarks.encoder
+	$(BIN)/python -m benchmarks.prefill
+	$(BIN)/python -m benchmarks.eviction
+	$(BIN)/python -m benchmarks.fusion
 
-INSTALL := -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
+# A strict development install is a folder of links, one a file, which every tool can follow. A new file needs a new one.
+PACKAGE := configuration conversion evaluation foveate hub_cards lab modeling processing training
+STRICT := --config-settings editable_mode=strict
+INSTALL := -m pip install --quiet $(STRICT) --constraint constraints.txt --build-constraint constraints.txt
 
-$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
+.PHONY: list-files
+build/files.txt: list-files
+	@mkdir -p build
+	@find $(PACKAGE) -name __pycache__ -prune -o -path lab/work -prune -o -path lab/results -prune -o -type f -print | LC_ALL=C sort > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt build/files.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/python $(INSTALL) --editable '.[$*]'
@@ -85,13 +94,13 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 
 # Older versions of Transformers go with the lock but for their own line; the oldest goes with the oldest of everything
 # else. `make test` is without torchao: on the newest torch it warns on import, of torch, into every command's output.
-.venv-%/.installed-test: setup.cfg pyproject.toml constraints.txt tests/lower-bounds.txt
+.venv-%/.installed-test: setup.cfg pyproject.toml constraints.txt tests/lower-bounds.txt build/files.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	grep -vE '^(transformers|huggingface-hub|tokenizers)==' constraints.txt > .venv-$*/constraints.txt
 	echo 'transformers==$*' >> .venv-$*/constraints.txt
 	test '$*' != 4.57.6 || cp tests/lower-bounds.txt .venv-$*/constraints.txt
-	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt \
+	.venv-$*/bin/python -m pip install --quiet $(STRICT) --constraint .venv-$*/constraints.txt \
 	    --build-constraint constraints.txt 'transformers==$*' --editable '.[test,int8]'
 	touch $@
 

@@ -1,7 +1,7 @@
 """How many of foveate's files a reader meets on the way of one call: those in which a function runs while the processor
 prepares one question about one picture, and those while the model answers it.
 
-    python benchmarks/files_visited.py
+    python -m benchmarks.files_visited
 """
 
 from __future__ import annotations

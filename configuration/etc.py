@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from foveate.configuration.attention import require_attention
 from foveate.configuration.compression import CompressionSettings, require_positive_int
 
 
@@ -41,6 +42,8 @@ class ETCSettings(CompressionSettings):
         return self.trained_tokens
 
     def resolve(self, config: Any) -> ETCSettings:
+        # A window counts entries: visual tokens fill it in a masked pass, and are gone from it in passes.
+        require_attention(self.method, config.get_text_config())
         number = self.num_visual_tokens or 1
         trained = self.trained_tokens or number
         if number > trained:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from foveate.configuration.attention import FULL, SLIDING, require_attention
 from foveate.configuration.compression import (
     CompressionSettings,
     require_bool,
@@ -48,6 +49,7 @@ class RecoverableSettings(CompressionSettings):
 
     def resolve(self, config: Any) -> RecoverableSettings:
         require_patches_of_one_layer(self.method, config)
+        require_attention(self.method, config.get_text_config(), supported=(FULL, SLIDING))
         return super().resolve(config)
 
     def count_placeholders(self, *lengths: int, num_separators: int = 0) -> int:

@@ -1,4 +1,11 @@
-"""A folder that appears under its name when it is complete, or not at all; and one that changes as a whole."""
+"""A folder that appears under its name when it is complete, or not at all; and one that changes as a whole.
+
+What is not complete is in a hidden folder beside the target, `.NAME.partial-XXXXXXXX`: the folder to be in `new`, one
+that is being replaced in `old`, and a lock that the system takes back when the process ends, whatever it dies of. The
+next run for the same target removes such a folder whose lock nobody holds. A lock's file is named after the machine,
+since some network file systems lock on one machine alone: what another machine left stays there, and so does what was
+left where there are no locks (Windows, some network file systems).
+"""
 
 from __future__ import annotations
 
@@ -7,11 +14,11 @@ import ctypes
 import errno
 import glob
 import os
+import platform
 import secrets
 import shutil
 import stat
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,8 +26,14 @@ from foveate.conversion.file_copy import CANT_LINK, copy_file
 from foveate.errors import FoveateError
 
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HERE, _RENAME_EXCHANGE = -100, 2  # Linux's AT_FDCWD, and the flag of `renameat2`
+_NEW, _OLD = "new", "old"  # in a partial folder
 
 
 def require_free(out: Path) -> None:
@@ -35,8 +48,8 @@ def require_free(out: Path) -> None:
 def atomic_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     """Gives a new folder beside `out` that is renamed to `out` at the end.
 
-    If the block ends with any exception, an interrupt among them, the folder is removed and nothing is left behind; and
-    so it is if the process is killed.
+    If the block ends with any exception, an interrupt among them, the folder is removed and nothing is left behind. If
+    the process is killed, a hidden folder stays beside `out`, which the next run for `out` removes.
 
     Args:
         out: absolute path of the folder to be; folders above it are made.
@@ -45,22 +58,21 @@ def atomic_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     Raises:
         FoveateError: `out` exists, the disk is full or would be, or the place can't be written to.
     """
+    sweep_partials(out)
     require_free(out)
     missing = [folder for folder in out.parents if not folder.exists()]  # the deepest first
     existing = next(folder for folder in out.parents if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise FoveateError(_no_space(out, num_bytes, f", and {_megabytes(free)} MB are free"))
-    partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
     try:
-        # Watched before it is there: no moment is left in which it would stay.
-        with _removed_if_killed(partial, missing):
-            partial.mkdir(parents=True)
-            yield partial
-            _sync(partial)
-            os.rename(partial, out)
+        with _partial_folder(out) as partial:
+            new = partial / _NEW
+            new.mkdir()
+            yield new
+            _sync(new)
+            os.rename(new, out)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
         for folder in missing:
             _remove_if_empty(folder)
         if (told := _told_user(error, out, num_bytes)) is not None:
@@ -74,9 +86,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     The copy's files are hard links to the folder's own, so that weights take neither time nor room: a file is changed
     by [`write_anew`], which doesn't write into what both have. The two change places at once where the system can do
-    that (Linux), else by two renames, between which the end of the process leaves the folder under another name;
-    [`restore_replaced`] finds it. If the block ends with an exception, or the process is killed, the folder is as it
-    was, or, if the places were changed already, as it is to be.
+    that (Linux), else by two renames, between which the end of the process leaves the folder in a hidden one beside
+    it; [`sweep_partials`] gives it its name back. If the block ends with an exception, or the process is killed, the
+    folder is as it was, or, if the places were changed already, as it is to be.
 
     Args:
         folder: absolute path without symbolic links.
@@ -84,16 +96,13 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     Raises:
         FoveateError: the disk is full, or the place can't be written to.
     """
-    partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
     try:
-        with _removed_if_killed(partial, ()):
-            try:
-                _link_tree(folder, partial)
-                yield partial
-                _sync(partial)
-                _change_places(folder, partial)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+        with _partial_folder(folder) as partial:
+            new = partial / _NEW
+            _link_tree(folder, new)
+            yield new
+            _sync(new)
+            _change_places(folder, new, partial / _OLD)
     except OSError as error:
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         raise _told_user(error, folder, num_bytes) from error  # type: ignore[misc]
@@ -109,14 +118,69 @@ def write_anew(path: Path, content: bytes) -> None:
         _give_to(path, before)
 
 
-def restore_replaced(folder: Path) -> None:
-    """Completes what was interrupted between the two renames of [`replaced_folder`]: gives the folder its
-    name back, or removes what it replaced."""
-    for aside in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.replaced-????????")):
-        if os.path.lexists(folder):
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.rename(aside, folder)
+def sweep_partials(target: Path) -> None:
+    """Removes what runs for `target` that were killed on this machine left beside it. One that was killed between the
+    two renames of [`replaced_folder`] is undone: the folder gets its name back."""
+    if fcntl is None:
+        return
+    for partial in sorted(target.parent.glob(f".{glob.escape(target.name)}.partial-????????")):
+        with contextlib.suppress(OSError):  # it is in use, or another user's, or another run sweeps it too
+            if not _lock_of(partial).exists():
+                partial.rmdir()  # empty, if the run was killed before it made the lock; another machine's is not
+                continue
+            with _lock_of(partial).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(partial, target)
+
+
+@contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
+    """Gives a new folder beside `target` that no other run sweeps, and removes it."""
+    while True:
+        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+        try:
+            partial.mkdir(parents=True)
+            with _held_lock(partial):
+                if partial.exists():  # not swept before it was locked
+                    yield partial
+                    return
+        finally:
+            _remove(partial, target)
+
+
+@contextmanager
+def _held_lock(partial: Path) -> Iterator[None]:
+    """Makes and holds the lock of a new partial folder, where there are locks."""
+    if fcntl is None:
+        yield
+        return
+    try:
+        lock = _lock_of(partial).open("x")
+    except FileNotFoundError:  # the folder was swept
+        yield
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # the file system has no locks: without this file nobody takes the folder for a leftover
+            _lock_of(partial).unlink(missing_ok=True)
+        yield
+
+
+def _lock_of(partial: Path) -> Path:
+    return partial / f"{platform.node()}.lock"
+
+
+def _remove(partial: Path, target: Path) -> None:
+    """The lock goes last, so that the next run removes what an interrupt leaves. What was to be replaced is never
+    removed before something else has its name."""
+    if (partial / _OLD).exists() and not os.path.lexists(target):
+        os.rename(partial / _OLD, target)
+    for name in (_NEW, _OLD):
+        shutil.rmtree(partial / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _lock_of(partial).unlink(missing_ok=True)
+        partial.rmdir()
 
 
 def _link_tree(source: Path, target: Path) -> None:
@@ -146,19 +210,13 @@ def _give_to(path: Path, owner: os.stat_result) -> None:
         os.chown(path, owner.st_uid, owner.st_gid)
 
 
-def _change_places(folder: Path, other: Path) -> None:
-    """Exchanges two folders. `other` is gone at the end where that takes two renames."""
-    if _exchange(folder, other):
+def _change_places(folder: Path, new: Path, aside: Path) -> None:
+    """Exchanges two folders. Where that takes two renames, `folder` ends up at `aside`."""
+    if _exchange(folder, new):
         _sync_path(folder.parent)
         return
-    aside = folder.with_name(f".{folder.name}.replaced-{secrets.token_hex(4)}")
     os.rename(folder, aside)
-    try:
-        os.rename(other, folder)
-    except BaseException:
-        os.rename(aside, folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(new, folder)
 
 
 def _exchange(folder: Path, other: Path) -> bool:
@@ -183,25 +241,6 @@ def _told_user(error: BaseException, out: Path, num_bytes: int) -> FoveateError 
         file = f" ({error.filename})" if error.filename else ""
         return FoveateError(f"{out} can't be written: {error.strerror or error}{file}.")
     return None
-
-
-@contextmanager
-def _removed_if_killed(folder: Path, parents: Sequence[Path]) -> Iterator[None]:
-    """A process that waits for the end of this one, whatever it dies of, and removes the folder if it is there, and
-    those of `parents` (the deepest first) that are empty."""
-    shell = shutil.which("sh")
-    if shell is None:
-        yield
-        return
-    clean = 'cat > /dev/null; rm -rf -- "$1"; shift; for parent; do rmdir -- "$parent" 2> /dev/null; done'
-    command = [shell, "-c", clean, "sh", str(folder), *map(str, parents)]
-    # In a session of its own: an interrupt from the keyboard goes to all processes of this one.
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
-        try:
-            yield
-        finally:
-            if watcher.stdin is not None:
-                watcher.stdin.close()
 
 
 def _sync(folder: Path) -> None:

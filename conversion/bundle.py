@@ -2,8 +2,8 @@
 
 In the package the files lie in folders and import each other by full names: `from foveate.modeling.core.cache import
 LogicalCache`. A checkpoint's remote code is one flat folder: `from .modeling_core_cache import LogicalCache`. The
-bundle is made of the modules that the checkpoint's `auto_map` names, its entries, and of whatever they import within
-the package. Nothing but the modules' names in those imports is changed, so the same package gives the same bytes.
+bundle is made of the modules that the checkpoint's `auto_map` names, its entries, and of the definitions in others that
+they reach (`pruning.py`). What is kept is as it stands in the package, but for the modules' names in imports.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from foveate.conversion.pruning import prune
 from foveate.errors import FoveateError
 from foveate.registry import outside_packages, pairs
 
@@ -106,8 +108,10 @@ def bundle_files(entries: type | Iterable[str]) -> dict[str, bytes]:
     if isinstance(entries, type):
         entries = entry_modules(getattr(entries, "config_class", None) or entries)
     entry_names = set(entries)
-    modules = _collect(entry_names)
-    _require_unique_names(modules)
+    whole = _collect(entry_names)
+    _require_unique_names(whole)
+    needed = prune({name: _read_source(name) for name in whole}, entry_names)
+    modules = {name: _flatten(name, source) for name, source in needed.items()}
     files = {}
     for name, module in modules.items():
         indirect = _name_indirect_imports(module, modules) if name in entry_names else b""
@@ -122,20 +126,19 @@ def _collect(names: Iterable[str]) -> dict[str, FlatModule]:
     while waiting:
         name = waiting.pop()
         if name not in modules:
-            modules[name] = _flatten(name)
+            modules[name] = _flatten(name, _read_source(name))
             waiting.extend(modules[name].imports)
     return modules
 
 
-def _flatten(name: str) -> FlatModule:
-    """Reads a module and rewrites its imports from the package."""
+def _flatten(name: str, source: bytes) -> FlatModule:
+    """A module with its imports from the package rewritten."""
     package, _, place = name.partition(".")
     if ("." not in place or place.split(".")[0] not in FOLDERS) and package not in outside_packages():
         raise FoveateError(
             f"{name} can't be in a bundle: only modules in {package}'s folders {', '.join(FOLDERS)} can."
         )
     packages = {package, "foveate", *outside_packages()}
-    source = _read_source(name)
     lines = source.splitlines(keepends=True)
     imports = set()
     for node in ast.walk(ast.parse(source)):
@@ -147,9 +150,9 @@ def _flatten(name: str) -> FlatModule:
                 )
         elif isinstance(node, ast.ImportFrom) and node.level:
             raise FoveateError(f"{name}, line {node.lineno}, has a relative import: write the module's full name.")
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in packages:
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in packages:
             imports.add(node.module)
-            lines[node.lineno - 1] = _flat_import(name, node, lines[node.lineno - 1])
+            lines[node.lineno - 1] = _flat_import(name, node, node.module, lines[node.lineno - 1])
     return FlatModule(name, b"".join(lines), tuple(sorted(imports)))
 
 
@@ -158,28 +161,29 @@ def _read_source(name: str) -> bytes:
         spec = importlib.util.find_spec(name)
     except ModuleNotFoundError:
         spec = None
-    if spec is None or not hasattr(spec.loader, "get_source"):
+    loader: Any = None if spec is None else spec.loader
+    if spec is None or not hasattr(loader, "get_source"):
         raise FoveateError(f"{name} can't be in a bundle: there is no source of that name.")
     if spec.origin and Path(spec.origin).is_file():
         return Path(spec.origin).read_bytes()
-    return spec.loader.get_source(name).encode()  # of a pair, which has no file
+    return loader.get_source(name).encode()  # of a pair, which has no file
 
 
-def _flat_import(name: str, node: ast.ImportFrom, line: bytes) -> bytes:
+def _flat_import(name: str, node: ast.ImportFrom, module: str, line: bytes) -> bytes:
     """The line of an import from the package, from the module's flat name instead."""
     match = _IMPORT_LINE.match(line)
-    if match is None or match.end("indent") != node.col_offset or match["module"].decode() != node.module:
+    if match is None or match.end("indent") != node.col_offset or match["module"].decode() != module:
         raise FoveateError(
             f"{name}, line {node.lineno}, has an import that Transformers would not find in remote code: write "
             "`from package.folder.module import name` on a line of its own."
         )
-    if node.module.split(".")[0] not in outside_packages() and node.module.count(".") < 2:
+    if module.split(".")[0] not in outside_packages() and module.count(".") < 2:
         raise FoveateError(
-            f"{name}, line {node.lineno}, imports from {node.module}, which is no file that a bundle could hold: "
+            f"{name}, line {node.lineno}, imports from {module}, which is no file that a bundle could hold: "
             "import from the module itself."
         )
     start, end = match.span("module")
-    return line[:start] + b"." + flat_name(node.module).encode() + line[end:]
+    return line[:start] + b"." + flat_name(module).encode() + line[end:]
 
 
 def _require_unique_names(modules: dict[str, FlatModule]) -> None:

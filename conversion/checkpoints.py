@@ -6,7 +6,6 @@ Everything is checked here, before anything is written: what can't be converted 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -27,11 +26,9 @@ from transformers.utils import (
 )
 
 from foveate.conversion.safetensors_stream import DTYPES
+from foveate.conversion.shipped import LAB_PREFIX, SHARD_FILE, shipped_folder
 from foveate.errors import FoveateError
-from foveate.lab import lab_folder
 
-
-LAB_PREFIX = "lab:"
 
 #: Files that make a tokenizer, of whatever kind; it has at least one of the first.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -53,13 +50,10 @@ class StoredTensor:
 
     Attributes:
         dtype: the format's name for it ("BF16").
-        start: the byte of the file that it begins with.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -74,21 +68,28 @@ class Shard:
         """Size of the file."""
         return self.path.stat().st_size
 
+    @property
+    def num_tensor_bytes(self) -> int:
+        """Size of all tensors, which fill the file behind its header."""
+        return self.num_bytes - 8 - _header_bytes(self.path)
 
-def find_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint; from the hub, with its small files only (see `fetch_weights`).
+
+def find_stored_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint that is stored as a whole, as every base and text encoder is; from the hub, with its
+    small files only (see `fetch_weights`). `shards.find_checkpoint` also finds what ships as a shard.
 
     Args:
         name: a folder, a hub id, or `lab:NAME`. The hub is asked as `huggingface_hub` is set up (offline, token).
 
     Raises:
-        FoveateError: there is no such folder, and the hub and its cache don't have it either.
+        FoveateError: there is no such folder, and the hub and its cache don't have it either; or it ships as a shard.
     """
     if str(name).startswith(LAB_PREFIX):
-        try:
-            return lab_folder(str(name).removeprefix(LAB_PREFIX))
-        except ValueError as error:
-            raise FoveateError(str(error)) from error
+        folder = shipped_folder(str(name).removeprefix(LAB_PREFIX))
+        if (folder / SHARD_FILE).exists():
+            base = read_json(folder / SHARD_FILE)["base"]
+            raise FoveateError(f"{name} is compressed already: take the base that it came from, {base}.")
+        return folder
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -98,10 +99,10 @@ def find_checkpoint(name: str | Path) -> Path:
 
 
 def fetch_weights(name: str | Path, folder: Path, pickled: bool = False) -> None:
-    """Downloads the weights of a checkpoint that `find_checkpoint` found on the hub; does nothing for others.
+    """Downloads the weights of a checkpoint that was found on the hub; does nothing for others.
 
     Args:
-        name: as given to `find_checkpoint`.
+        name: as given to `find_stored_checkpoint`.
         folder: what it returned.
         pickled: where the hub has no safetensors, take `pytorch_model.bin`.
     """
@@ -176,17 +177,6 @@ def declared_dtype(folder: Path, shards: Iterable[Shard]) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else stored_dtype(shards)
 
 
-def content_hash(folder: Path) -> str:
-    """The first 16 hex digits of a SHA-256 over a checkpoint's config and weight files, wherever they lie."""
-    digest = hashlib.sha256()
-    for path in [folder / CONFIG_NAME, *sorted(folder.glob("*.safetensors"))]:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]
-
-
 def read_json(path: Path, if_missing: str | None = None) -> dict[str, Any]:
     """A JSON object. Raises `FoveateError`; `if_missing` is its sentence where there is no such file."""
     try:
@@ -215,38 +205,33 @@ def _read_shard(path: Path) -> Shard:
     if not path.is_file():
         raise FoveateError(f"{path} is missing, though the index lists it: download it again.")
     try:
-        tensors = _read_header(path)
-        with safe_open(path, framework="pt"):  # checks that the tensors lie side by side and end where the file ends
-            return Shard(path, tensors)
-    except FoveateError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FoveateError(f"{path} is not a valid safetensors file ({error}): download it again.") from error
+        with safe_open(path, framework="pt") as file:  # checks that the tensors end where the file ends
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            return Shard(path, {n: StoredTensor(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()})
+    except (SafetensorError, OSError) as error:
+        damage = _damage(path) or f"is not a valid safetensors file ({error})"
+        raise FoveateError(f"{path} {damage}; download it again.") from error
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    size = path.stat().st_size
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file that safetensors refuses, where its first bytes tell. (The library says neither how
+    long a file should be, nor that what it takes for a length is text.)"""
+    size, header_bytes = path.stat().st_size, _header_bytes(path)
+    if header_bytes > _MAX_HEADER_BYTES:
+        return "is not a safetensors file (a Git LFS pointer, perhaps)"
+    if size < 8 + header_bytes:
+        return f"is truncated: expected at least {8 + header_bytes} bytes, found {size}"
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > _MAX_HEADER_BYTES:
-            raise FoveateError(f"{path} is not a safetensors file (a Git LFS pointer, perhaps): download it again.")
-        if size < 8 + header_bytes:
-            _raise_truncated(path, f"at least {8 + header_bytes}", size)
-        tensors = _parse_header(file.read(header_bytes), 8 + header_bytes)
-    expected = 8 + header_bytes + sum(tensor.num_bytes for tensor in tensors.values())
-    if size < expected:
-        _raise_truncated(path, str(expected), size)
-    return tensors
+        file.seek(8)
+        try:
+            entries = json.loads(file.read(header_bytes))
+            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+            expected = 8 + header_bytes + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return None
+    return f"is truncated: expected {expected} bytes, found {size}" if size < expected else None
 
 
-def _parse_header(header: bytes, header_end: int) -> dict[str, StoredTensor]:
-    tensors = {}
-    for key, entry in json.loads(header).items():
-        if key != "__metadata__":
-            start, end = entry["data_offsets"]
-            tensors[key] = StoredTensor(entry["dtype"], tuple(entry["shape"]), header_end + start, end - start)
-    return tensors
-
-
-def _raise_truncated(path: Path, expected: str, found: int) -> None:
-    raise FoveateError(f"{path} is truncated: expected {expected} bytes, found {found}; download it again.")
+def _header_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(8), "little")

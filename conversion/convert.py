@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,10 @@ from transformers.utils import (
 from foveate.conversion.atomic_folder import atomic_folder, require_free
 from foveate.conversion.bundle import write_bundle
 from foveate.conversion.checkpoints import (
-    LAB_PREFIX,
     TOKENIZER_FILES,
     Shard,
     fetch_weights,
-    find_checkpoint,
+    find_stored_checkpoint,
     read_config,
     read_shards,
     require_tokenizer,
@@ -43,11 +43,11 @@ from foveate.conversion.checkpoints import (
 )
 from foveate.conversion.file_copy import copy_files, link_file
 from foveate.conversion.safetensors_stream import StreamedTensor, write_safetensors
+from foveate.conversion.shipped import LAB_PREFIX, TEXT_ENCODERS_THAT_SHIP
 from foveate.conversion.text_encoder import CLIP_MODULES, TextEncoder, open_text_encoder
-from foveate.errors import FoveateError, first_sentence
+from foveate.errors import FoveateError, bad_input, first_sentence
 from foveate.hub_cards.card import write_card
 from foveate.hub_cards.manifest import write_manifest
-from foveate.lab import BASES as LAB_BASES
 from foveate.modeling.core.loading import BASE_FIELDS
 from foveate.processing.question import QUESTION_TOKENIZER_FOLDER, common_start
 from foveate.registry import METHODS, Pair, pairs_of
@@ -157,7 +157,7 @@ def _open_base(name: str | Path, method: str) -> tuple[BaseCheckpoint, Pair]:
     """The base checkpoint, without its weights, and the registry's entry for its kind."""
     if method not in METHODS:
         raise FoveateError(f"There is no method '{method}': choose one of {', '.join(METHODS)}.")
-    folder = find_checkpoint(name)
+    folder = find_stored_checkpoint(name)
     config_dict = read_config(folder)
     pair = _choose_pair(name, config_dict, method)
     try:
@@ -198,9 +198,9 @@ def _open_text_encoder(base: BaseCheckpoint, pair: Pair, method: str, name: str 
 
 
 def _default_text_encoder(base: BaseCheckpoint) -> str:
-    of_lab = {LAB_PREFIX + llava: LAB_PREFIX + clip for llava, clip in LAB_BASES.items()}
-    if base.name in of_lab:
-        return of_lab[base.name]
+    that_ship = {LAB_PREFIX + llava: LAB_PREFIX + clip for llava, clip in TEXT_ENCODERS_THAT_SHIP.items()}
+    if base.name in that_ship:
+        return that_ship[base.name]
     tower = base.config.vision_config
     shape = (tower.hidden_size, tower.num_hidden_layers, tower.image_size, tower.patch_size)
     if shape not in TEXT_ENCODERS:
@@ -222,14 +222,12 @@ def _make_config(
     fields = {key: value for key, value in base.config_dict.items() if key != "model_type"}
     if encoder:
         fields["question_config"] = encoder.config.to_dict()
-    try:
+    with bad_input():
         of_tokenizer = pair.config_class.settings_class.settings_from_tokenizer(stock_processor.tokenizer, compression)
         compression = {**of_tokenizer, **compression}
         config = pair.config_class.from_dict({**fields, "compression": compression})
         if keep_ratio is not None:
             config.change_compression(keep_ratio)
-    except ValueError as error:
-        raise FoveateError(first_sentence(error)) from error
     return config
 
 
@@ -247,10 +245,11 @@ def _make_processor(stock: Any, pair: Pair, encoder: TextEncoder | None, config:
     arguments = {name: getattr(stock, name) for name in names if name != "self" and hasattr(stock, name)}
     if encoder:
         arguments["question_tokenizer"] = encoder.tokenizer
-    if pair.image_processor_class is not None:
-        arguments["image_processor"] = pair.image_processor_class.of_stock(stock.image_processor, config)
-    processor = pair.processor_class(**arguments)
-    processor.set_compression(config.compression)
+    with bad_input():
+        if pair.image_processor_class is not None:
+            arguments["image_processor"] = pair.image_processor_class.of_stock(stock.image_processor, config)
+        processor = pair.processor_class(**arguments)
+        processor.set_compression(config.compression)
     return processor
 
 
@@ -286,7 +285,7 @@ def _stream_or_draw_parameters(
             drawn = getattr(compressed, module).to_empty(device="cpu")
             drawn.apply(compressed._init_weights)
             parameters += [
-                StreamedTensor(f"{module}.{name}", dtype, tuple(tensor.shape), lambda tensor=tensor: [tensor])
+                StreamedTensor(f"{module}.{name}", dtype, tuple(tensor.shape), partial(iter, (tensor,)))
                 for name, tensor in drawn.state_dict().items()
             ]
     # Older layouts name a module of the model without a head as it is, newer ones as the model with a head does.
@@ -316,7 +315,7 @@ def _write_weights(shards: list[Shard], new: list[StreamedTensor], folder: Path,
     if new:
         write_safetensors(folder / names[-1], new)
         weight_map.update(dict.fromkeys(added, names[-1]))
-    total_size = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors.values()) + _num_bytes(new)
+    total_size = sum(shard.num_tensor_bytes for shard in shards) + _num_bytes(new)
     _write_json({"metadata": {"total_size": total_size}, "weight_map": weight_map}, folder / SAFE_WEIGHTS_INDEX_NAME)
 
 

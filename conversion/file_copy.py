@@ -13,7 +13,9 @@ from typing import BinaryIO
 from foveate.errors import FoveateError
 
 
-_CLONE = 0x40049409  # Linux's FICLONE
+# Linux's FICLONE. `os.copy_file_range`, which makes reflinks by itself, takes longer where there are none: two files of
+# 2 GB on ext4 3.4 s, and these pieces 2.5 s (median of 5, two files at a time, written through to the disk).
+_CLONE = 0x40049409
 _PIECE = 1 << 22  # bytes between two calls of `advance`
 _AT_ONCE = 2  # files: one core alone moves bytes more slowly than a fast disk takes them
 CANT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
@@ -86,5 +88,5 @@ def link_file(source: Path, target: Path) -> None:
         if error.errno not in CANT_LINK:
             raise
         raise FoveateError(
-            f"{source} can't be linked to {target.parent.parent} ({error.strerror}): leave --link out, to copy it."
+            f"{source} can't be linked from the new folder ({error.strerror}): leave --link out, to copy it."
         ) from error

@@ -36,14 +36,15 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from foveate.configuration.compression import require_positive_int
 from foveate.conversion.atomic_folder import atomic_folder, require_free
-from foveate.conversion.checkpoints import find_checkpoint, read_config, read_json, require_tokenizer
+from foveate.conversion.checkpoints import find_stored_checkpoint, read_config, read_json, require_tokenizer
 from foveate.conversion.convert import convert
 from foveate.conversion.safetensors_stream import StreamedTensor, write_checkpoint_weights, write_safetensors
 from foveate.conversion.sentencepiece_model import llama_tokenizer
 from foveate.conversion.stored_weights import StoredWeights, open_weights
-from foveate.errors import FoveateError, first_sentence
-from foveate.hub_cards.card import CARD_FILE, write_card
+from foveate.errors import FoveateError, bad_input, first_sentence
+from foveate.hub_cards.card import write_card
 from foveate.hub_cards.manifest import write_manifest
+from foveate.hub_cards.names import CARD_FILE
 
 
 IMAGE_TOKEN, PAD_TOKEN, VOCO_TOKEN = "<image>", "<pad>", "<voco>"
@@ -183,10 +184,8 @@ def import_original(
     """
     out = Path(os.path.abspath(Path(out).expanduser()))
     require_free(out)
-    try:
+    with bad_input():
         require_positive_int("num_visual_tokens", num_visual_tokens, optional=True)
-    except ValueError as error:
-        raise FoveateError(str(error)) from error
     original = _open_original(source, vision_tower)
     if original.voco_id is None and num_visual_tokens is not None:
         raise FoveateError(
@@ -219,7 +218,7 @@ def import_original(
 
 
 def _open_original(source: str | Path, vision_tower: str | Path | None) -> OriginalLlava:
-    folder = find_checkpoint(source)
+    folder = find_stored_checkpoint(source)
     config = read_config(folder)
     _require_llava(source, config)
     tower = _open_tower(source, config, vision_tower)
@@ -270,7 +269,7 @@ def _open_tower(source: str | Path, config: dict[str, Any], name: str | Path | N
     """The CLIP that the user names or the config does."""
     name = name or config["mm_vision_tower"]
     try:
-        folder = find_checkpoint(name)
+        folder = find_stored_checkpoint(name)
     except FoveateError as error:
         raise FoveateError(
             f"{source}'s vision tower is not found: {str(error).rstrip('.')}, or name it with --vision-tower."

@@ -1,4 +1,8 @@
-"""Safetensors files written in flat memory: the header first, then the bytes of one tensor after the other."""
+"""Safetensors files written in flat memory: the header first, then the bytes of one tensor after the other.
+
+`safetensors.serialize_file` and `safetensors.torch.save_file` take all tensors of a file in memory, 5 GB of them; these
+are read when they are written. So the header is made here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from huggingface_hub import split_state_dict_into_shards_factory
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from foveate.errors import FoveateError
 
@@ -54,24 +59,18 @@ def write_checkpoint_weights(
     Raises:
         FoveateError: a tensor that is not as long as it said it was.
     """
-    shards: list[list[StreamedTensor]] = []
-    size = 0
-    for tensor in tensors:
-        if not shards or size + tensor.num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.num_bytes
-    if len(shards) == 1:
-        write_safetensors(folder / SAFE_WEIGHTS_NAME, shards[0])
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_name,  # type: ignore[arg-type]  # only the two functions look at what is split
+        get_storage_size=lambda tensor: tensor.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(folder / file, [by_name[name] for name in names])
+    if not split.is_sharded:
         return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / name, shard)
-        weight_map.update({tensor.name: name for tensor in shard})
-    total_size = sum(tensor.num_bytes for tensor in tensors)
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

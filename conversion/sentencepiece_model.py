@@ -27,7 +27,7 @@ def read_model(path: Path) -> Any:
     """
     try:
         from google.protobuf.message import DecodeError
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
     except ImportError as error:
         raise FoveateError(
             f"{path} is read by sentencepiece and protobuf, which are not installed: pip install 'foveate[import]', or "

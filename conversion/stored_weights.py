@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from foveate.errors import FoveateError, first_sentence
 
 
 _PICKLED_SHARDS = "pytorch_model-*.bin"
-_PIECE_BYTES = 1 << 22
+_PIECE = 1 << 21  # values
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,11 @@ class Entry:
 
     Attributes:
         dtype: `None` for one that holds no floating-point numbers.
-        start: the byte of the file that it begins with; `None` in a pickled one.
     """
 
     path: Path
     dtype: torch.dtype | None
     shape: tuple[int, ...]
-    start: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,21 +58,8 @@ class StoredWeights:
         return _map_pickled(path)[name]
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor's values, flat, a few megabytes after the other; of a pickled one, all at once."""
-        entry = self.entries[name]
-        if entry.dtype is None or entry.start is None:
-            yield self.read(name).reshape(-1)
-            return
-        left = math.prod(entry.shape) * entry.dtype.itemsize
-        # Read and not mapped: a mapped file counts as the process's memory.
-        with entry.path.open("rb") as file:
-            file.seek(entry.start)
-            while left:
-                piece = bytearray(min(left, _PIECE_BYTES))
-                if file.readinto(piece) != len(piece):
-                    raise FoveateError(f"{entry.path} ends within the tensor {name}: download it again.")
-                yield torch.frombuffer(piece, dtype=entry.dtype)
-                left -= len(piece)
+        """A tensor's values, flat, so many after the other that another dtype of them takes a few megabytes."""
+        yield from self.read(name).reshape(-1).split(_PIECE)
 
     def stream(self, name: str, new_name: str, dtype: torch.dtype) -> StreamedTensor:
         """A tensor under another name, and as another dtype."""
@@ -98,7 +82,7 @@ def open_weights(name: str | Path, folder: Path) -> StoredWeights:
     """Finds a checkpoint's tensors; nothing but names, shapes and dtypes is read.
 
     Args:
-        name: as given to `find_checkpoint`; from the hub, the weights are downloaded.
+        name: as given to `find_stored_checkpoint`; from the hub, the weights are downloaded.
         folder: what it returned.
 
     Raises:
@@ -108,7 +92,7 @@ def open_weights(name: str | Path, folder: Path) -> StoredWeights:
     fetch_weights(name, folder, pickled=True)
     if any((folder / file).exists() for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         entries = {
-            key: Entry(shard.path, DTYPES.get(tensor.dtype), tensor.shape, tensor.start)
+            key: Entry(shard.path, DTYPES.get(tensor.dtype), tensor.shape)
             for shard in read_shards(folder)
             for key, tensor in shard.tensors.items()
         }

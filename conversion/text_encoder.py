@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, CLIPConfig
 
-from foveate.conversion.checkpoints import find_checkpoint, read_config, require_tokenizer
+from foveate.conversion.checkpoints import find_stored_checkpoint, read_config, require_tokenizer
 from foveate.conversion.safetensors_stream import StreamedTensor
 from foveate.conversion.stored_weights import open_weights
 from foveate.errors import FoveateError, first_sentence
@@ -69,7 +69,7 @@ def open_text_encoder(name: str | Path) -> TextEncoder:
     Raises:
         FoveateError: there is no such checkpoint, or it is no CLIP.
     """
-    folder = find_checkpoint(name)
+    folder = find_stored_checkpoint(name)
     model_type = read_config(folder).get("model_type")
     if model_type != "clip":
         raise FoveateError(
@@ -77,7 +77,7 @@ def open_text_encoder(name: str | Path) -> TextEncoder:
         )
     require_tokenizer(name, folder)
     try:
-        clip_config = CLIPConfig.from_pretrained(folder)
+        clip_config: Any = CLIPConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise FoveateError(f"{name}'s config or tokenizer can't be read: {first_sentence(error)}") from error

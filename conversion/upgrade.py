@@ -23,12 +23,14 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from foveate.conversion.atomic_folder import atomic_folder, replaced_folder, require_free, restore_replaced, write_anew
+from foveate.conversion.atomic_folder import atomic_folder, replaced_folder, require_free, sweep_partials, write_anew
 from foveate.conversion.bundle import bundle_files
-from foveate.conversion.checkpoints import LAB_PREFIX, read_config, read_json
+from foveate.conversion.checkpoints import read_config, read_json
 from foveate.conversion.file_copy import copy_files
+from foveate.conversion.shipped import LAB_PREFIX
+from foveate.conversion.verify import config_class_of
 from foveate.errors import FoveateError, first_sentence
-from foveate.hub_cards.card import CARD_FILE, PLACE, is_hub_id, read_base_name, read_facts, render_card
+from foveate.hub_cards.card import PLACE, read_base_name, read_facts, render_card
 from foveate.hub_cards.card_lines import line_digests, merge_card
 from foveate.hub_cards.manifest import (
     LEFT_OUT,
@@ -43,8 +45,8 @@ from foveate.hub_cards.manifest import (
     read_manifest,
     to_json,
 )
+from foveate.hub_cards.names import CARD_FILE, is_hub_id
 from foveate.hub_cards.released_card import released_card
-from foveate.hub_cards.verify import config_class_of
 
 
 #: Files in which Transformers looks up which code serves which Auto class.
@@ -143,7 +145,7 @@ def upgrade(
         raise FoveateError("--out writes a folder and --push a commit on the hub: give one of them.")
     folder = Path(checkpoint).expanduser()
     path = Path(os.path.realpath(folder))
-    restore_replaced(path)
+    sweep_partials(path)
     if not folder.is_dir():
         return _upgrade_of_hub(name, out, push, force, api or HfApi())
     if push:

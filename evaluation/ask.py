@@ -13,18 +13,17 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from foveate.errors import FoveateError
+from foveate.evaluation.examples import DrawnPicture, PictureSource
 from foveate.evaluation.harness import Checkpoint, open_checkpoint, require_writable, visual_tokens_kept
 from foveate.evaluation.picture import SeenImage, draw_compression, pixels_of_patches, seen_image, seen_slices
-from foveate.lab.large_scenes import draw_large_scene, draw_sliced_scene
-from foveate.lab.scenes import draw_scene, sample_scene
 from foveate.modeling.compatibility import cache_of, iterate_cache_tensors
 from foveate.modeling.core.account import kv_bytes_by_account
 from foveate.modeling.core.outputs import TokenProvenance
 from foveate.modeling.core.precision import dtype_name
 from foveate.modeling.layers.tiles import TileGrid, TileLayout, tile_grid
+from foveate.plugins import PICTURES_GROUP, find_plugin
 
 
-LAB_PICTURES = {"lab": draw_scene, "lab-next": draw_large_scene, "lab-sliced": draw_sliced_scene}
 _NUM_TIMINGS = 3
 
 
@@ -87,8 +86,7 @@ def ask(
 
     Raises:
         FoveateError: no question, an image that can't be read, a checkpoint that can't be loaded, a picture that can't
-            be saved under that name.
-        ValueError: an image in which nothing could be seen.
+            be saved under that name, an image in which nothing could be seen.
     """
     if not question.strip():
         raise FoveateError("There is no question: say what you want to know about the image.")
@@ -184,8 +182,9 @@ class _Asked:
         output = self.generate(1)
         output.sequences.cpu()  # waits for the device
         seconds = time.perf_counter() - start
-        self.kv_bytes = sum(tensor.nbytes for tensor in iterate_cache_tensors(cache_of(output)))
-        self.visual_tokens = int(visual_tokens_kept(cache_of(output), self.is_placeholder))
+        cache: Any = cache_of(output)
+        self.kv_bytes = sum(tensor.nbytes for tensor in iterate_cache_tensors(cache))
+        self.visual_tokens = int(visual_tokens_kept(cache, self.is_placeholder))
         return seconds
 
     def answer(self, max_new_tokens: int) -> str:
@@ -235,11 +234,8 @@ def open_image(image: str | Path | Image.Image) -> Image.Image:
     Raises:
         FoveateError: there is no such file, or it is not an image, or a damaged one.
     """
-    world, colon, index = image.partition(":") if isinstance(image, str) else ("", "", "")
-    if colon and world in LAB_PICTURES:
-        if not index.isdecimal():
-            raise FoveateError(f"{image} is no scene of the lab: give a number, for instance {world}:0.")
-        return LAB_PICTURES[world](sample_scene("test", int(index)))
+    if isinstance(image, str) and (drawn := draw_picture(image)) is not None:
+        return drawn.image
     try:
         picture = image if isinstance(image, Image.Image) else Image.open(Path(image).expanduser())
         return ImageOps.exif_transpose(picture)  # reads it to the end
@@ -250,3 +246,18 @@ def open_image(image: str | Path | Image.Image) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: what Pillow calls a broken PNG
         reason = getattr(error, "strerror", None) or error
         raise FoveateError(f"The image {image} can't be read: {reason}.") from error
+
+
+def draw_picture(name: str) -> DrawnPicture | None:
+    """What is plugged in under `NAME:NUMBER` (see `plugins.py`); `None` where that names no picture to draw.
+
+    Raises:
+        FoveateError: it does, but for the number.
+    """
+    world, colon, number = name.partition(":")
+    source: PictureSource | None = find_plugin(PICTURES_GROUP, world) if colon else None
+    if source is None:
+        return None
+    if not number.isdecimal():
+        raise FoveateError(f"{name} is no {source.title}: give a number, for instance {world}:0.")
+    return source.draw(int(number))

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from foveate.conversion.checkpoints import declared_dtype, read_shards
 from foveate.conversion.convert import convert
-from foveate.evaluation.ask import ask, open_image
-from foveate.lab.scenes import ask_questions, draw_scene, sample_scene
+from foveate.evaluation.ask import ask, draw_picture, open_image
 from foveate.modeling.core.precision import dtype_name, fast_dtype
 
+
+SCENE = "lab:7"
 
 #: Runs without foveate: only Transformers and the checkpoint's own code. Nothing is printed but the answers.
 STRANGER = """
@@ -70,11 +71,11 @@ def run_demo(folder: Path, picture: Path | None = None, question: str | None = N
         open_image(picture)
     folder.mkdir(parents=True, exist_ok=True)
     if picture is None:
-        scene = sample_scene("test", 7)
+        scene = draw_picture(SCENE)
+        assert scene is not None, "the lab is part of foveate"
         picture = folder / "scene.png"
-        draw_scene(scene).save(picture)
-        asked = ask_questions(scene, ("what", "colour", "where"))
-        questions = [qa.question for qa in asked]
+        scene.image.save(picture)
+        questions = list(scene.questions)
         print(f"Drew {picture}: {scene.caption}.")
     else:
         questions = [question or "What is in the picture?"]

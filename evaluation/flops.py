@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from foveate.conversion.checkpoints import find_checkpoint, read_config
-from foveate.errors import FoveateError, first_sentence
+from foveate.conversion.checkpoints import read_config
+from foveate.errors import FoveateError, bad_input, first_sentence
 from foveate.evaluation.shapes import config_of_shape
 from foveate.modeling.core.account import (
     DEFAULT_TEXT_TOKENS,
@@ -82,8 +82,7 @@ def flops(
 
     Raises:
         FoveateError: not exactly one of checkpoint and shape, one that can't be found or read, an unknown method,
-            settings where nothing compresses, sizes out of range.
-        ValueError: a setting that doesn't exist or is out of range.
+            settings where nothing compresses, that don't exist or are out of range, sizes out of range.
     """
     settings = dict(settings or {})
     if (checkpoint is None) == (shape is None):
@@ -118,6 +117,9 @@ def encoder_ratio(layers: Sequence[int], num_visual_tokens: int) -> float:
 
 
 def _config_of(checkpoint: str | Path | None, settings: dict[str, Any]) -> Any:
+    # Not above: conversion writes cards, whose table of compression reads this module.
+    from foveate.conversion.shards import find_checkpoint
+
     folder = find_checkpoint(str(checkpoint))
     read_config(folder)  # says what is wrong where there is none
     try:
@@ -128,7 +130,8 @@ def _config_of(checkpoint: str | Path | None, settings: dict[str, Any]) -> Any:
         return config
     if _method_of(config) is None:
         raise FoveateError(f"{checkpoint} doesn't compress, so there is no {', '.join(settings)} to set.")
-    config.change_compression(**settings)
+    with bad_input():
+        config.change_compression(**settings)
     return config
 
 

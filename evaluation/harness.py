@@ -1,6 +1,6 @@
 """The one harness that every method's results go through: a checkpoint answers the questions of a task.
 
-A task is a stream of examples, an image and the turns asked about it; `TASKS` names them. Answers come from batched
+A task (`tasks.py`) is a stream of examples, an image and the turns asked about it. Answers come from batched
 greedy decoding and are scored by the task's metric. What comes out is a dictionary fit for JSON, from which
 `results.py` makes tables and plots; all of it but `timing` is the same when the same command runs again.
 """
@@ -15,9 +15,8 @@ import secrets
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
-from foveate.conversion.checkpoints import content_hash, declared_dtype, fetch_weights, find_checkpoint, read_shards
-from foveate.errors import FoveateError, first_sentence
-from foveate.evaluation.examples import Example, Turn
+from foveate.conversion.checkpoints import declared_dtype, fetch_weights, read_shards
+from foveate.conversion.shards import find_checkpoint
+from foveate.errors import FoveateError, bad_input, first_sentence
+from foveate.evaluation.examples import Example
 from foveate.evaluation.metrics import METRICS, mean_of
 from foveate.evaluation.multi_turn import CachedTurns
-from foveate.evaluation.published_dialogues import GQA_QUESTIONS, VQA_QUESTIONS, PublishedDialogues, mt_gqa, mt_vqa_v2
-from foveate.lab.large_scenes import draw_large_scene, draw_sliced_scene
-from foveate.lab.scenes import QUESTION_TYPES, Scene, ask_questions, draw_scene, sample_scene
+from foveate.evaluation.published_dialogues import PublishedDialogues
+from foveate.evaluation.tasks import MAX_NEW_TOKENS, Task, find_task
+from foveate.hub_cards.content_hash import content_hash
 from foveate.modeling.compatibility import cache_of
 from foveate.modeling.core.account import count_without_compression
 from foveate.modeling.core.base import SavedCompressionMixin
@@ -45,71 +45,7 @@ from foveate.modeling.core.precision import dtype_name, fast_dtype
 
 
 DEFAULT_BATCH_SIZE = 32
-MAX_NEW_TOKENS = 8  # the lab's answers are one to three words
 SKIPPED_NAMED = 5
-
-
-# Tasks
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a checkpoint is asked.
-
-    Args:
-        title: for readers.
-        examples: (number, seed) → at most `number` examples, the same ones each time; with `reads`
-            (number, seed, data, images, skip_missing) → a `PublishedDialogues`.
-        num_examples: how many are asked where the user names no limit; `None`: all.
-        metric: a name in `METRICS`.
-        max_new_tokens: the longest answer.
-        reads: the published file that the user's folder has to hold; `None` where nothing is read.
-    """
-
-    title: str
-    examples: Callable[..., Iterable[Example]]
-    num_examples: int | None
-    metric: str = "exact_match"
-    max_new_tokens: int = MAX_NEW_TOKENS
-    reads: str | None = None
-
-
-def _lab_examples(
-    number: int, seed: int, num_turns: int, draw: Callable[[Scene], Image.Image | None]
-) -> Iterator[Example]:
-    """Questions about test scenes, in the order of the types."""
-    index = -1
-    for example in range(number):
-        wanted = [QUESTION_TYPES[(example + turn) % len(QUESTION_TYPES)] for turn in range(num_turns)]
-        found: list = []
-        while [question.type for question in found] != wanted:  # a scene without a word has nothing to read
-            index += 1
-            scene = sample_scene("test", index, seed=seed)
-            found = ask_questions(scene, wanted)
-        yield Example(draw(scene), tuple(Turn(q.question, (q.answer,), q.type) for q in found))
-
-
-# Single questions, one a scene, the types in rotation; and three of different types, so that over the dialogues every
-# turn has all of them.
-lab_questions = partial(_lab_examples, num_turns=1, draw=draw_scene)
-lab_dialogues = partial(_lab_examples, num_turns=3, draw=draw_scene)
-lab_blind_questions = partial(_lab_examples, num_turns=1, draw=lambda scene: None)
-lab_next_questions = partial(_lab_examples, num_turns=1, draw=draw_large_scene)
-lab_next_dialogues = partial(_lab_examples, num_turns=3, draw=draw_large_scene)
-lab_sliced_questions = partial(_lab_examples, num_turns=1, draw=draw_sliced_scene)
-
-TASKS: dict[str, Task] = {
-    "lab-vqa": Task("single questions about the lab's test scenes", lab_questions, 1200),
-    "lab-dialogue": Task("dialogues of three turns about the lab's test scenes", lab_dialogues, 1000),
-    "lab-vqa-blind": Task("the same single questions without the image", lab_blind_questions, 1200),
-    "lab-next-vqa": Task("single questions about larger scenes, in tiles", lab_next_questions, 1200),
-    "lab-next-dialogue": Task("dialogues of three turns about larger scenes, in tiles", lab_next_dialogues, 1000),
-    "lab-sliced-vqa": Task("single questions about larger scenes, in slices", lab_sliced_questions, 1200),
-    "mt-vqa-v2": Task(
-        "dialogues of three turns made of VQA-v2", mt_vqa_v2, 25_000, "vqa_accuracy", 16, reads=VQA_QUESTIONS
-    ),
-    "mt-gqa": Task("dialogues of three turns made of GQA", mt_gqa, None, max_new_tokens=16, reads=GQA_QUESTIONS),
-}
 
 
 def _int8_weights() -> TorchAoConfig:
@@ -164,7 +100,8 @@ class Checkpoint:
     def encode(self, conversations: list[list[dict[str, Any]]], images: list[Image.Image]) -> Any:
         """Model inputs of chats with the turn of the assistant opened, and of all their images."""
         prompts = self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-        inputs = self.processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
+        with bad_input():
+            inputs = self.processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
 
     def cached_turns(self, num_rows: int) -> CachedTurns:
@@ -207,8 +144,8 @@ def open_checkpoint(
 
     Raises:
         FoveateError: there is no such checkpoint, it is damaged or not an image-text model, settings for a model that
-            doesn't compress, an unknown quantisation or one whose package is not installed.
-        ValueError: a setting that doesn't exist or is out of range.
+            doesn't compress, don't exist or are out of range, an unknown quantisation or one whose package is not
+            installed.
     """
     device, wanted = _device(device), _dtype(dtype)
     folder = find_checkpoint(name)
@@ -230,7 +167,8 @@ def open_checkpoint(
     if settings and not checkpoint.is_compressed:
         raise FoveateError(f"{name} doesn't compress, so there is no {', '.join(settings)} to set: convert it first.")
     if settings:
-        model.set_compression(processor, **settings)
+        with bad_input():
+            model.set_compression(processor, **settings)
     return checkpoint
 
 
@@ -396,7 +334,7 @@ def evaluate(
 
     Args:
         checkpoint: a folder, a hub id, or `lab:NAME`; compressed, or a base to compare with.
-        task: a name in `TASKS`.
+        task: the name of one that is built in or plugged in (see `tasks.py`).
         limit: number of examples (questions, or dialogues), the task's own number if `None`.
         seed: chooses other scenes and questions; of a dataset, which dialogues come first.
         batch_size: examples at a time.
@@ -422,15 +360,16 @@ def evaluate(
     Raises:
         FoveateError: bad input, in one sentence; before anything is computed.
     """
-    number = _check(task, limit, seed, batch_size, output)
-    examples = _examples(task, number, seed, data, images, skip_missing)
+    asked = find_task(task)
+    number = _check(asked, limit, seed, batch_size, output)
+    examples = _examples(task, asked, number, seed, data, images, skip_missing)
     opened = open_checkpoint(checkpoint, settings, dtype, device, quantize)
     tally, start = _Tally(), time.perf_counter()
     with _progress_bar(progress) as bar:
         shown = bar.add_task(task, total=len(examples) if isinstance(examples, PublishedDialogues) else number)
         stream = iter(examples)
         while batch := list(islice(stream, batch_size)):
-            _ask_batch(opened, TASKS[task], batch, tally, reuse_cache)
+            _ask_batch(opened, asked, batch, tally, reuse_cache)
             bar.update(shown, advance=len(batch), description=f"{task} {statistics.fmean(tally.scores):.1%}")
     seconds = time.perf_counter() - start
 
@@ -463,7 +402,7 @@ def evaluate(
         "dtype": dtype_name(opened.model.dtype),
         **({} if quantize is None else {"quantization": quantize}),
         "reuse_cache": reuse_cache,
-        **tally.accuracies(TASKS[task].metric),
+        **tally.accuracies(asked.metric),
         "base_visual_tokens": statistics.fmean(tally.base_visual_tokens or tally.visual_tokens),
         "mean_visual_tokens": kept,
         **_skipped(examples, skip_missing),
@@ -475,11 +414,9 @@ def evaluate(
     return result
 
 
-def _check(task: str, limit: int | None, seed: int, batch_size: int, output: str | Path | None) -> int | None:
+def _check(task: Task, limit: int | None, seed: int, batch_size: int, output: str | Path | None) -> int | None:
     """The number of examples; raises `FoveateError` for what can be known to be wrong before the model is loaded."""
-    if task not in TASKS:
-        raise FoveateError(f"There is no task '{task}': choose one of {', '.join(TASKS)}.")
-    number = TASKS[task].num_examples if limit is None else limit
+    number = task.num_examples if limit is None else limit
     for name, value, least in (("limit", number, 1), ("seed", seed, 0), ("batch size", batch_size, 1)):
         if value is not None and value < least:
             raise FoveateError(f"The {name} is {value}: it has to be at least {least}.")
@@ -489,18 +426,23 @@ def _check(task: str, limit: int | None, seed: int, batch_size: int, output: str
 
 
 def _examples(
-    task: str, number: int | None, seed: int, data: str | Path | None, images: str | Path | None, skip_missing: bool
+    name: str,
+    task: Task,
+    number: int | None,
+    seed: int,
+    data: str | Path | None,
+    images: str | Path | None,
+    skip_missing: bool,
 ) -> Iterable[Example]:
     """The stream of a task; raises `FoveateError` for files that are missing or not in their format."""
-    reads = TASKS[task].reads
-    if reads is None:
+    if task.reads is None:
         if data is not None or images is not None:
-            raise FoveateError(f"The task {task} reads no files: leave --data and --images out.")
-        return TASKS[task].examples(number, seed)
+            raise FoveateError(f"The task {name} reads no files: leave --data and --images out.")
+        return task.examples(number, seed)
     if data is None:
-        raise FoveateError(f"The task {task} reads published files: --data names the folder with {reads}.")
+        raise FoveateError(f"The task {name} reads published files: --data names the folder with {task.reads}.")
     folders = (None if folder is None else Path(folder).expanduser() for folder in (data, images))
-    return TASKS[task].examples(number, seed, *folders, skip_missing)
+    return task.examples(number, seed, *folders, skip_missing)
 
 
 def _skipped(examples: Iterable[Example], skip_missing: bool) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foveate.hub_cards.evaluation_files import METRIC_TITLES
+
 
 def normalize_answer(answer: str) -> str:
     """Lower case, single spaces, no period at the end."""
@@ -80,8 +82,8 @@ def _any_exact_match(answer: str, expected: Sequence[str]) -> float:
 
 #: By the name that results record a score under.
 METRICS = {
-    "exact_match": Metric("exact match", _any_exact_match),
-    "vqa_accuracy": Metric("VQA accuracy", vqa_accuracy),
+    "exact_match": Metric(METRIC_TITLES["exact_match"], _any_exact_match),
+    "vqa_accuracy": Metric(METRIC_TITLES["vqa_accuracy"], vqa_accuracy),
 }
 
 

@@ -256,7 +256,8 @@ def draw_compression(seen: SeenImage, provenance: TokenProvenance, question: str
     shown = torch.cat([view.patches.flatten() for view in seen.views])
     experts = [(name, score[shown.to(score.device)].float().cpu()) for name, score in provenance.scores]
     panels = _read_panels(provenance, shown)
-    drawn = _draw_panels(seen.views, [None, *(shows for _, shows in (*experts, *panels))])
+    shows: list[Any] = [None, *(shown for _, shown in (*experts, *panels))]
+    drawn = _draw_panels(seen.views, shows)
     captions = [_count(len(shown), "patch", "patches"), *(caption for caption, _ in (*experts, *panels))]
     if len(seen.views) > 1:
         captions[0] = f"overview and {seen.parts}: {captions[0]}"

@@ -1,8 +1,9 @@
 """`python -m foveate.evaluation.results`: tables and plots of the lab's results, from the JSON files alone.
 
 It reads every file of `lab/results/`: what `foveate evaluate --json` wrote, `training*.json`, the lab's own accounts of
-its trainings, `kept.json`, where the kept patches lie, and `matrices.json`, what compression matrices are like; and
-writes `lab/RESULTS.md` and the plots beside the files. A new method adds files, not code.
+its trainings, `kept.json`, where the kept patches lie, `matrices.json`, what compression matrices are like, and
+`introduction.md`, which says how the checkpoints that commands name are made. It writes `lab/RESULTS.md` and the plots
+beside the files. A new method adds files, not code.
 """
 
 from __future__ import annotations
@@ -14,31 +15,29 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from foveate import lab
+import pandas as pd
+
+from foveate.conversion.shipped import lab_directory
 from foveate.errors import FoveateError
-from foveate.evaluation.harness import TASKS
 from foveate.evaluation.metrics import METRICS, wilson_interval
+from foveate.evaluation.tasks import all_tasks
+from foveate.registry import METHODS
 
 
-LAB_FOLDER = Path(lab.__file__).parent
+LAB_FOLDER = lab_directory()
 TRAININGS = {
     "training.json": "Training of the lab model",
     "training-next.json": "Training of the model for tiles",
     "training-qwen3vl.json": "Training of the Qwen3-VL model",
 }
 KEPT_FILE, MATRICES_FILE = "kept.json", "matrices.json"
+INTRODUCTION_FILE = "introduction.md"
 _HEAD = """# Results
 
 Made by `python -m foveate.evaluation.results` from the files in `{folder}/`; don't edit by hand. Answers are compared
-exactly; intervals are 95 % (Wilson). Test scenes use handwritten digits that training never saw. What the commands name
-`lab/work/converted/METHOD` is made by `foveate convert lab:tiny-llava lab/work/converted/METHOD --method METHOD` (with
-`--set key_width=64` for metacompress; `BASE-METHOD` there is of `lab:BASE`), and
-`lab/work/trained/NAME` by `python -m foveate.lab.experiments --only NAME`: it converts, and trains with the recipe in
-`lab/recipes/`. A row of several seeds pools them: each is another training, asked about other test scenes.
-"""
+exactly; intervals are 95 % (Wilson)."""
 # Settings: of the budget, and of what is drawn at random.
 _BUDGETS, _SEED = ("num_visual_tokens", "keep_ratio", "trained_tokens"), "seed"
-_SHOWN_BY_TYPE = "etc"  # the method whose budgets are a question of which questions are asked
 _NEEDED = {
     "command",
     "task",
@@ -87,7 +86,7 @@ def _order(result: dict[str, Any]) -> tuple:
 
 
 def _task_order(task: str) -> tuple[int, str]:
-    return ([*TASKS, task].index(task), task)
+    return ([*all_tasks(), task].index(task), task)
 
 
 def metric_of(result: dict[str, Any]) -> str:
@@ -105,10 +104,10 @@ def task_section(task: str, results: list[dict[str, Any]], plot_link: str) -> st
         task: what all `results` are of.
         plot_link: where the plot is, seen from the page.
     """
-    title = f"{task}: {TASKS[task].title}" if task in TASKS else task
-    methods = {result["method"]: None for result in results if result["compression"]}
+    known = all_tasks()
+    title = f"{task}: {known[task].title}" if task in known else task
     notes = [f"Measured with {'; '.join(sorted({_versions(result) for result in results}))}."]
-    for method in methods:
+    for method in _methods([result for result in results if result["compression"]]):
         common = _common_settings([result for result in results if result["method"] == method])
         if common.keys() - {"method"}:
             notes.append(f"All rows of the method {method} have {_settings(common)}.")
@@ -119,19 +118,38 @@ def task_section(task: str, results: list[dict[str, Any]], plot_link: str) -> st
 
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, a row a result of one task; settings that all rows of a method share are left out."""
-    types = list(dict.fromkeys(name for result in results for name in result["by_type"]))
-    turns = max(len(result.get("by_turn", ())) for result in results)
     score = METRICS[metric_of(results[0])].title
-    titles = ["method", "settings", "visual tokens", f"{score}, %", "n", "seed"]
-    titles += [f"turn {turn + 1}" for turn in range(turns)] + types + ["command"]
-    rows = []
-    for result in pool_seeds(results):
-        alike = _common_settings([other for other in results if other["method"] == result["method"]])
-        own = {key: value for key, value in (result["compression"] or {}).items() if key not in alike and key != _SEED}
-        own |= {"reuse_cache": True} if result.get("reuse_cache") else {}
-        rows.append(_row(result, own, types, turns))
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    pooled = pool_seeds(results)
+    shared = {method: _common_settings([r for r in results if r["method"] == method]) for method in _methods(results)}
+    facts = pd.DataFrame(
+        {
+            "method": _escape(result["label"]),
+            "settings": _settings(_own_settings(result, shared[result["method"]])),
+            "visual tokens": f"{result['mean_visual_tokens']:.1f}",
+            f"{score}, %": _share(result[metric_of(result)]),
+            "n": str(result["n"]),
+            "seed": ", ".join(map(str, result["seeds"])),
+        }
+        for result in pooled
+    )
+    turns = pd.DataFrame(
+        {f"turn {turn}": _share(share) for turn, share in enumerate(result.get("by_turn", ()), start=1)}
+        for result in pooled
+    )
+    types = pd.DataFrame({name: _share(share) for name, share in result["by_type"].items()} for result in pooled)
+    commands = pd.DataFrame({"command": f"`{_escape(result['command'])}`"} for result in pooled)
+    return to_markdown(pd.concat([facts, turns, types, commands], axis=1))
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """A frame of texts as a Markdown table; what is missing is left empty.
+
+    `DataFrame.to_markdown` requires another package and pads every column to its longest command.
+    """
+    titles = "|".join(f" {title} " if title else " " for title in frame.columns)
+    rows = frame.fillna("").itertuples(index=False, name=None)
+    lines = [f"|{titles}|", "|" + " --- |" * frame.shape[1], *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n"
 
 
 def pool_seeds(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -185,19 +203,15 @@ def _is_counted(share: dict[str, Any]) -> bool:
     return all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(found, expected))
 
 
-def _row(result: dict[str, Any], settings: dict[str, Any], types: Iterable[str], turns: int) -> list[str]:
-    by_turn = dict(enumerate(result.get("by_turn", ())))
-    return [
-        _escape(result["label"]),
-        _settings(settings),
-        f"{result['mean_visual_tokens']:.1f}",
-        _share(result[metric_of(result)]),
-        str(result["n"]),
-        ", ".join(map(str, result.get("seeds", [result["seed"]]))),
-        *(_share(by_turn.get(turn)) for turn in range(turns)),
-        *(_share(result["by_type"].get(name)) for name in types),
-        f"`{_escape(result['command'])}`",
-    ]
+def _own_settings(result: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """What a result's row says of its settings: not the seed, which has a column, nor what its method's rows share."""
+    own = {k: v for k, v in (result["compression"] or {}).items() if k not in shared and k != _SEED}
+    return own | ({"reuse_cache": True} if result.get("reuse_cache") else {})
+
+
+def _methods(results: list[dict[str, Any]]) -> list[str]:
+    """Each once, in the order in which they come."""
+    return list(dict.fromkeys(result["method"] for result in results))
 
 
 def _common_settings(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -206,9 +220,7 @@ def _common_settings(results: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
-def _share(share: dict[str, Any] | None) -> str:
-    if share is None:
-        return ""
+def _share(share: dict[str, Any]) -> str:
     low, high = (100 * bound for bound in share["interval"])
     return f"{100 * share['value']:.1f} [{low:.1f}, {high:.1f}]"
 
@@ -228,45 +240,59 @@ def training_section(title: str, content: dict[str, Any]) -> str:
     groups = {"": single, **{key: value for key, value in content.items() if isinstance(value, dict)}}
     parts = [f"## {title}\n"]
     for name, values in groups.items():
-        rows = [f"| {key.replace('_', ' ')} | {_number(value)} |" for key, value in _flat(values)]
+        rows = [(key.replace("_", " "), _number(value)) for key, value in _flat(values)]
         if rows:
-            title = [f"### {name.replace('_', ' ').capitalize()}\n"] if name else []
-            parts += [*title, "\n".join(["| | |", "| --- | --- |", *rows]) + "\n"]
+            heading = [f"### {name.replace('_', ' ').capitalize()}\n"] if name else []
+            parts += [*heading, to_markdown(pd.DataFrame(rows, columns=["", ""]))]
     return "\n".join(parts)
 
 
 def kept_section(content: dict[str, Any]) -> str:
     """Where the patches lie that checkpoints keep, in Markdown: what `python -m foveate.lab.kept` wrote."""
-    lines = [
+    rows = [
+        {
+            "checkpoint": _escape(name),
+            "asked about, %": f"{100 * shares['asked']:.1f}",
+            "any object, %": f"{100 * shares['objects']:.1f}",
+            "any object, by chance": f"{100 * shares['objects_by_chance']:.1f}",
+            "n": str(shares["n"]),
+            "seed": str(shares["seed"]),
+        }
+        for name, shares in content.items()
+        if name != "command"
+    ]
+    parts = [
         "## Where the kept patches lie\n",
         "Share of the kept patches in the grid cell of the object asked about (by chance: 11.1 %), and in a cell with "
         f"any object; means over test scenes. `{content['command']}`\n",
-        "| checkpoint | asked about, % | any object, % | any object, by chance | n | seed |",
-        "| --- | --- | --- | --- | --- | --- |",
+        to_markdown(pd.DataFrame(rows)),
     ]
-    for name, shares in content.items():
-        if name != "command":
-            numbers = (f"{100 * shares[key]:.1f}" for key in ("asked", "objects", "objects_by_chance"))
-            lines.append(f"| {_escape(name)} | {' | '.join(numbers)} | {shares['n']} | {shares['seed']} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(parts)
 
 
 def matrices_section(content: dict[str, Any], picture: str | None) -> str:
     """What compression matrices are like, in Markdown: what `python -m foveate.lab.matrices` wrote."""
-    lines = [
+    rows = [
+        {
+            "checkpoint": _escape(name),
+            "entropy": f"{found['entropy']:.3f}",
+            "on one source": f"{found['collapse']:.2f}",
+            "distinct sources, %": f"{100 * found['distinct']:.1f}",
+            "on objects, %": f"{100 * found['objects']:.1f}" if "objects" in found else "",
+            "n": str(found["n"]),
+            "seed": str(found["seed"]),
+        }
+        for name, found in content["matrices"].items()
+    ]
+    parts = [
         "## Compression matrices\n",
         *([f"![compression matrices]({picture})\n"] if picture else []),
         "Means over test scenes: entropy of a row in nats; how many tokens hang on the source that is used most; the "
         "share of tokens whose strongest source no other token has; and the share of strongest sources in a cell with "
         f"an object (56 % by chance). `{content['command']}`\n",
-        "| checkpoint | entropy | on one source | distinct sources, % | on objects, % | n | seed |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        to_markdown(pd.DataFrame(rows)),
     ]
-    for name, found in content["matrices"].items():
-        objects = f"{100 * found['objects']:.1f}" if "objects" in found else ""
-        numbers = f"{found['entropy']:.3f}", f"{found['collapse']:.2f}", f"{100 * found['distinct']:.1f}", objects
-        lines.append(f"| {_escape(name)} | {' | '.join(numbers)} | {found['n']} | {found['seed']} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(parts)
 
 
 def _flat(values: dict[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -418,17 +444,21 @@ def write_results(folder: Path = LAB_FOLDER / "results", out: Path = LAB_FOLDER 
             f"There are no results in {folder}: run `foveate evaluate … --json {folder}/NAME.json` first."
         )
     shown = folder.relative_to(out.parent).as_posix() if folder.is_relative_to(out.parent) else folder.as_posix()
-    parts, plots = [_HEAD.format(folder=shown)], []
+    head = _HEAD.format(folder=shown)
+    if (folder / INTRODUCTION_FILE).exists():
+        head += " " + (folder / INTRODUCTION_FILE).read_text(encoding="utf-8").rstrip()
+    parts, plots = [f"{head}\n"], []
     parts += [training_section(TRAININGS[name], _read(folder / name)) for name in trainings]
     for task in sorted({result["task"] for result in results}, key=_task_order):
         of_task = [result for result in results if result["task"] == task]
         plots.append(folder / f"{task}.png")
         plot(task, of_task, plots[-1])
         parts.append(task_section(task, of_task, f"{shown}/{plots[-1].name}"))
-        by_type = folder / f"{task}-{_SHOWN_BY_TYPE}.png"
-        if plot_types([result for result in of_task if result["method"] == _SHOWN_BY_TYPE], by_type):
-            plots.append(by_type)
-            parts.append(f"![{task}, by type of question]({shown}/{by_type.name})\n")
+        for method in filter(_differs_by_question_type, _methods(of_task)):
+            by_type = folder / f"{task}-{method}.png"
+            if plot_types([result for result in of_task if result["method"] == method], by_type):
+                plots.append(by_type)
+                parts.append(f"![{task}, by type of question]({shown}/{by_type.name})\n")
     if (folder / KEPT_FILE).exists():
         parts.append(kept_section(_read(folder / KEPT_FILE)))
     if (folder / MATRICES_FILE).exists():
@@ -437,6 +467,11 @@ def write_results(folder: Path = LAB_FOLDER / "results", out: Path = LAB_FOLDER 
         parts.append(matrices_section(_read(folder / MATRICES_FILE), shown_picture))
     out.write_text("\n".join(parts), encoding="utf-8")
     return [out, *plots]
+
+
+def _differs_by_question_type(method: str) -> bool:
+    """What the method declares; a base, and a method that is not known here, declare nothing."""
+    return method in METHODS and METHODS[method].differs_by_question_type
 
 
 def _versions(result: dict[str, Any]) -> str:

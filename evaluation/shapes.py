@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, LlavaConfig, LlavaNextConfig, Qwen3VLConfig
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, bad_input
 from foveate.registry import METHODS, Pair, pairs_of
 
 
@@ -95,8 +95,8 @@ def config_of_shape(name: str, method: str | None = None, settings: Mapping[str,
         settings: fields of the `compression` block.
 
     Raises:
-        FoveateError: an unknown shape or method, a method that doesn't have this backbone, settings without a method.
-        ValueError: a setting that doesn't exist or is out of range.
+        FoveateError: an unknown shape or method, a method that doesn't have this backbone, settings without a method,
+            a setting that doesn't exist or is out of range.
     """
     if name not in SHAPES:
         raise FoveateError(f"There is no shape '{name}': choose one of {', '.join(SHAPES)}.")
@@ -111,7 +111,8 @@ def config_of_shape(name: str, method: str | None = None, settings: Mapping[str,
     pair = _pair(name, config_class, method)
     if pair.method.reads_question:
         fields["question_config"] = CLIPTextConfig(**_QUESTION)
-    return pair.config_class(**fields, compression={"method": method, **(settings or {})})
+    with bad_input():
+        return pair.config_class(**fields, compression={"method": method, **(settings or {})})
 
 
 def _pair(name: str, config_class: Any, method: str) -> Pair:

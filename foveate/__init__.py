@@ -6,7 +6,13 @@ known to Transformers' Auto classes nevertheless (`registration.py`), so that a 
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+
+# In a checkout the other folders lie beside this one; installed, and in a development install's links, they lie in it.
+if not (Path(__file__).parent / "modeling").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 from foveate.errors import FoveateError
 from foveate.registration import register_models
@@ -16,9 +22,10 @@ from foveate.registry import METHODS, Method, Pair, pairs, register_method
 if TYPE_CHECKING:  # what is imported when it is asked for
     from foveate.conversion.convert import convert
     from foveate.conversion.original_llava import import_original
+    from foveate.conversion.shards import lab_folder
     from foveate.evaluation.ask import ask
     from foveate.evaluation.harness import evaluate
-    from foveate.lab import lab_folder, load_lab
+    from foveate.lab import load_lab
     from foveate.modeling.compatibility import AutoModelForVision2Seq
     from foveate.modeling.core.precision import fast_dtype
     from foveate.training.train import train
@@ -34,7 +41,7 @@ _MODULES = {
     "evaluate": "foveate.evaluation.harness",
     "fast_dtype": "foveate.modeling.core.precision",
     "import_original": "foveate.conversion.original_llava",
-    "lab_folder": "foveate.lab",
+    "lab_folder": "foveate.conversion.shards",
     "load_lab": "foveate.lab",
     "train": "foveate.training.train",
 }

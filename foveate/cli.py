@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 BAD_INPUT, UPGRADE_DUE, INTERRUPTED = 2, 3, 130
 _OPTIONAL = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
-_SPEAKING = ("foveate", "transformers", "transformers_modules", "huggingface_hub", "PIL")
 
 
 class _Commands(TyperGroup):
@@ -56,7 +54,7 @@ class _Commands(TyperGroup):
 def _message_of_bad_input(error: Exception) -> str | None:
     """What to tell the user, on one line; `None` for an error that is not theirs to mend.
 
-    A `ValueError` is theirs where this package or a library that checks input raised it, not where arithmetic failed.
+    A plain `ValueError` is a bug: one that input caused became a `FoveateError` where the input was used.
     """
     from safetensors import SafetensorError
 
@@ -68,12 +66,6 @@ def _message_of_bad_input(error: Exception) -> str | None:
         return f"This needs {_OPTIONAL[error.name]}, which is not installed: pip install 'foveate[eval]'."
     if isinstance(error, SafetensorError):
         return f"A weight file is damaged or not safetensors ({first_sentence(error).rstrip('.')}): download it again."
-    if isinstance(error, ValueError):
-        frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package == "foveate":
-            return " ".join(str(error).split())
-        return first_sentence(error) if package in _SPEAKING else None
     return None
 
 
@@ -211,7 +203,7 @@ def merge(
 ) -> None:
     """Make a whole checkpoint of a small one and its base, with LoRA weights merged."""
     _quiet()
-    from foveate.conversion.adapter_layout import merge as merge_checkpoint
+    from foveate.training.merge import merge as merge_checkpoint
 
     written = merge_checkpoint(checkpoint, out)
     typer.echo(f"Wrote {written} ({_size_of(written)}).")
@@ -479,8 +471,9 @@ def card(
 ) -> None:
     """Write a checkpoint's model card, with the evaluations that are named and no others."""
     _quiet()
-    from foveate.conversion.checkpoints import find_checkpoint
-    from foveate.hub_cards.card import CARD_FILE, write_card
+    from foveate.conversion.shards import find_checkpoint
+    from foveate.hub_cards.card import write_card
+    from foveate.hub_cards.names import CARD_FILE
 
     source = None if base is None else find_checkpoint(base)
     write_card(checkpoint.expanduser(), base, source, evaluation or ())
@@ -500,7 +493,7 @@ def verify(
     is that of another version (`foveate upgrade` is due), and else 1.
     """
     _quiet()
-    from foveate.hub_cards.verify import verify as verify_folder
+    from foveate.conversion.verify import verify as verify_folder
 
     found = verify_folder(checkpoint, full)
     typer.echo(f"{checkpoint}: {found.verdict}")
@@ -566,7 +559,7 @@ def push(
 ) -> None:
     """Upload a checkpoint to the hub, in one commit, if there is nothing in it that shouldn't be there."""
     _quiet()
-    from foveate.hub_cards.push import push as push_checkpoint
+    from foveate.conversion.push import push as push_checkpoint
 
     upload = push_checkpoint(checkpoint, repo_id, private, dry_run, force)
     table = _table()

@@ -20,13 +20,14 @@ from foveate.configuration.tested_versions import TESTED_TRANSFORMERS
 from foveate.errors import FoveateError
 from foveate.hub_cards.compression_table import table_of
 from foveate.hub_cards.evaluation_files import Evaluation, read_evaluations
-from foveate.hub_cards.method_texts import LIMITS, ORIGINS, SUMMARIES
+from foveate.hub_cards.manifest import note_card
+from foveate.hub_cards.method_texts import ORIGINS
+from foveate.hub_cards.names import CARD_FILE, is_hub_id
+from foveate.hub_cards.training_records import earlier_stages
 from foveate.modeling.core.loading import BASE_FIELDS
 from foveate.registry import METHODS, Method
-from foveate.training.recipe import earlier_stages
 
 
-CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 #: What stands in a card's examples for the checkpoint's place, until it has one on the hub.
@@ -73,8 +74,6 @@ def write_card(
     Raises:
         FoveateError: no compressed checkpoint, or a result file that is none or is another checkpoint's.
     """
-    from foveate.hub_cards.manifest import note_card  # which imports this module
-
     card = render_card(read_facts(folder, base_name, source, evaluations))
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     note_card(folder)
@@ -113,18 +112,19 @@ def render_card(facts: CardFacts) -> str:
         facts,
         title=f"{facts.base_name} with {method.title}",
         method=_named(method),
-        summary=SUMMARIES.get(method.name, ""),
+        summary=method.summary,
         state=origin[0] if origin else _state(method, training),
         last_tested=".".join(TESTED_TRANSFORMERS[-1].split(".")[:2]),
         untrained=method.needs_training and not training and not origin,
         stages=[_stage_line(number, stage) for number, stage in sorted(training.items())],
-        limits=(*(origin or ())[1:], *LIMITS.get(method.name, ())),
+        limits=(*(origin or ())[1:], *method.limits),
         license=_license_line(facts.license_fields),
     )
 
 
 def render_template(template: Path, facts: CardFacts, title: str, **words: Any) -> str:
     """A card by a template, with the facts that are no words, and `words` that say the others."""
+    license_fields: dict[str, Any] = dict(facts.license_fields)
     data = ModelCardData(
         base_model=facts.base_name if is_hub_id(facts.base_name) else None,
         library_name="transformers",
@@ -132,7 +132,7 @@ def render_template(template: Path, facts: CardFacts, title: str, **words: Any) 
         tags=["foveate", facts.method.name, "visual-token-compression"],
         model_name=title if facts.results else None,
         eval_results=[result.of_metadata for result in facts.results] or None,
-        **facts.license_fields,
+        **license_fields,
     )
     variables = {
         "missing_base": facts.base_name if BASE_FIELDS[0] in facts.config else None,
@@ -156,10 +156,6 @@ def read_base_name(folder: Path) -> str:
         return folder.name
     found = re.search(r"^base_model: (\S+)$", card, re.MULTILINE) or re.search(r"^# (.+) with ", card, re.MULTILINE)
     return found.group(1) if found else folder.name
-
-
-def is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _read_license(source: Path, base_name: str) -> dict[str, str]:

@@ -11,9 +11,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from foveate.conversion.checkpoints import content_hash
 from foveate.errors import FoveateError
-from foveate.evaluation.metrics import METRICS
+from foveate.hub_cards.content_hash import content_hash
+
+
+#: What tables call a metric, by the name that results record a score under.
+METRIC_TITLES = {"exact_match": "exact match", "vqa_accuracy": "VQA accuracy"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Evaluation:
 
     @property
     def metric(self) -> str:
-        return next(name for name in METRICS if name in self.result)
+        return next(name for name in METRIC_TITLES if name in self.result)
 
     @property
     def score(self) -> Mapping[str, Any]:
@@ -49,7 +52,7 @@ class Evaluation:
         task = self.result["task"] + (f" ({self._settings})" if self.changes else "")
         tokens = f"{self.result['mean_visual_tokens']:.1f} of {self.result['base_visual_tokens']:.0f}"
         share, interval = f"{self.score['value']:.1%}", f"{low:.1%} – {high:.1%}"
-        return f"| {task} | {METRICS[self.metric].title} | {share} | {interval} | {self.score['n']} | {tokens} |"
+        return f"| {task} | {METRIC_TITLES[self.metric]} | {share} | {interval} | {self.score['n']} | {tokens} |"
 
     @property
     def of_metadata(self) -> EvalResult:
@@ -59,7 +62,7 @@ class Evaluation:
             dataset_type=self.result["task"],
             dataset_name=self.result["task"],
             metric_type=self.metric,
-            metric_name=METRICS[self.metric].title,
+            metric_name=METRIC_TITLES[self.metric],
             metric_value=round(self.score["value"], 4),
             metric_config=self._settings or None,
             metric_args={

@@ -23,15 +23,15 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from foveate.errors import FoveateError
-from foveate.hub_cards.card import CARD_FILE, is_hub_id
 from foveate.hub_cards.card_lines import line_digests
-from foveate.training.recipe import RECIPE_FILE
+from foveate.hub_cards.names import CARD_FILE, is_hub_id
+from foveate.hub_cards.training_records import LOG_FILE, RECIPE_FILE
 
 
 MANIFEST_FILE = "foveate_manifest.json"
 
 #: What readers get beside a checkpoint; not listed.
-RECORDS = (CARD_FILE, RECIPE_FILE, "training_log.json", "LICENSE", "NOTICE")
+RECORDS = (CARD_FILE, RECIPE_FILE, LOG_FILE, "LICENSE", "NOTICE")
 
 #: Folders and files that are none of the checkpoint's: curves of a training, what the hub and its client leave.
 LEFT_OUT = ("runs", ".git", ".gitattributes", ".cache")

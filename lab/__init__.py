@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from foveate.conversion.shards import lab_folder
 
 
-BASES = {"tiny-llava": "tiny-clip", "tiny-llava-next": "tiny-clip"}
-"""The lab's LLaVA models, each with the CLIP checkpoint whose text tower is aligned with its vision tower. A further
-base, "tiny-qwen3vl", has none."""
-
-_WEIGHTS = Path(__file__).parent / "weights"
-
-
-def lab_folder(name: str) -> Path:
-    """The folder of a checkpoint that ships with the lab ("tiny-llava", "tiny-clip", or a trained method's, such as
-    "tiny-llava-qg-vtc-72", which is put together first). Raises `ValueError`."""
-    folder = _WEIGHTS / name
-    if (folder / "shard.json").exists():
-        from foveate.lab.shards import composed
-
-        return composed(folder)
-    if not (folder / "config.json").exists():
-        known = sorted(path.name for path in _WEIGHTS.glob("*") if path.is_dir())
-        raise ValueError(f"The lab has no checkpoint '{name}'; it has: {', '.join(known) or 'none (run `make lab`)'}.")
-    return folder
+__all__ = ["lab_folder", "load_lab"]
 
 
 def load_lab(name: str = "tiny-llava", **kwargs):
     """Loads a base model of the lab with its processor.
 
     Args:
-        name: a name in `BASES`, or "tiny-qwen3vl".
+        name: "tiny-llava", "tiny-llava-next" or "tiny-qwen3vl".
         kwargs: for `from_pretrained`, for instance `dtype=torch.float32`.
 
     Returns:

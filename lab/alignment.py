@@ -8,6 +8,7 @@ questions about them (mean of the object's patches; CLIP gets that from 400 mill
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +60,9 @@ def alignment_batch(step: int, split: str = "train", seed: int = 1) -> dict[str,
         random = scene.random(3)
         questions = [qa for qa in ask_questions(scene, ("what", "colour", "where", "exist", "read")) if qa.about]
         for _ in range(_PHRASES_PER_SCENE):
-            item = scene.objects[int(random.integers(len(scene.objects)))]
-            phrase = (item.noun, f"{item.colour} {item.noun}", f"{item.colour} {item.noun} at the {item.place}")
-            phrase = phrase[int(random.integers(3))]
+            item: Any = scene.objects[int(random.integers(len(scene.objects)))]
+            names = (item.noun, f"{item.colour} {item.noun}", f"{item.colour} {item.noun} at the {item.place}")
+            phrase = names[int(random.integers(3))]
             if questions and random.random() < 0.5:
                 question = questions.pop(int(random.integers(len(questions))))
                 item, phrase = question.about, question.question

@@ -25,9 +25,9 @@ from foveate.lab.trainings import Training, trained_checkpoint, trained_shard
 from foveate.registry import pairs_of
 
 
-RESULTS = Path(__file__).parent / "results"
-WORK = Path(__file__).parent / "work"
-WEIGHTS = Path(__file__).parent / "weights"
+RESULTS = Path(__file__).resolve().parent / "results"
+WORK = Path(__file__).resolve().parent / "work"
+WEIGHTS = Path(__file__).resolve().parent / "weights"
 console = Console()
 
 
@@ -419,6 +419,8 @@ def _converted(base: str, method: str, out: Path, shape: tuple[tuple[str, Any], 
 
 
 def _trained(row: Measurement, base: str, work: Path) -> str | Path:
+    if row.training is None:
+        raise ValueError(f"{row.name} names no training.")
     if row.shipped is None:
         return trained_checkpoint(row.training, base, work)
     if not (WEIGHTS / row.shipped).exists():

@@ -184,6 +184,6 @@ class Speaker(nn.Module):
                 there = batch["kinds"][:, turn] >= 0
                 right.append((hit | (batch["turn"] != turn)).all(1)[there])
                 kinds.append(batch["kinds"][there, turn])
-        right, kinds = torch.cat(right).float(), torch.cat(kinds)
-        found = {kind: right[kinds == i].mean().item() for i, kind in enumerate(QUESTION_TYPES)}
-        return {"all": right.mean().item()} | found
+        hits, kind_of = torch.cat(right).float(), torch.cat(kinds)
+        found = {kind: hits[kind_of == i].mean().item() for i, kind in enumerate(QUESTION_TYPES)}
+        return {"all": hits.mean().item()} | found

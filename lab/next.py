@@ -18,6 +18,7 @@ import copy
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ TILES_STEPS, TILES_RATE = 700, 2e-3
 NUM_STEPS, LEARNING_RATE, BATCH_SIZE = 1000, 1e-3, 4
 KEEP = 0.2
 DIALOGUES, TURNS = 8, 3
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 console = Console()
 
 
@@ -81,7 +82,7 @@ def image_processor() -> LlavaNextImageProcessor:
 def make_model() -> LlavaNextForConditionalGeneration:
     """LLaVA-NeXT with the weights of the lab's base above new layers that change nothing, and a small random newline,
     in float32."""
-    base = LlavaForConditionalGeneration.from_pretrained(lab_folder("tiny-llava"), dtype=torch.float32)
+    base: Any = LlavaForConditionalGeneration.from_pretrained(lab_folder("tiny-llava"), dtype=torch.float32)
     text_config = base.config.text_config.to_dict()
     text_config["num_hidden_layers"] += NEW_LAYERS
     text_config["rope_parameters"]["rope_theta"] = ROPE_THETA
@@ -263,9 +264,9 @@ class NextSpeaker(nn.Module):
             logits.append(answers[asked].float())
             labels.append(dialogues["labels"][asked])
             found.append(torch.stack(self._tiles_loss(below, wanted, image[1])))
-        logits, labels = torch.cat(logits), torch.cat(labels)
-        answer, (objects, others, place) = F.cross_entropy(logits, labels), torch.stack(found).mean(0)
-        right = (logits.argmax(-1) == labels).float().mean()
+        all_logits, all_labels = torch.cat(logits), torch.cat(labels)
+        answer, (objects, others, place) = F.cross_entropy(all_logits, all_labels), torch.stack(found).mean(0)
+        right = (all_logits.argmax(-1) == all_labels).float().mean()
         numbers = {"answer": answer.item(), "objects": objects.item(), "place": place.item(), "token": right.item()}
         return answer + KEEP * (objects + 0.5 * others + place), numbers
 
@@ -308,7 +309,7 @@ def _dialogues(scene: Scene, described: bool) -> dict[str, torch.Tensor]:
 def write_checkpoint(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
     """Writes the model in bf16 as published checkpoints are named, with its processor."""
     tokenizer = language_tokenizer()
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype=torch.bfloat16).save_pretrained(folder)  # type: ignore[call-arg]
     processor = LlavaNextProcessor(
         image_processor(),
         tokenizer,

@@ -18,6 +18,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,6 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 from transformers import (
-    LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
@@ -70,7 +70,7 @@ NUM_STEPS, LEARNING_RATE, BATCH_SIZE = 1200, 1.5e-3, 24
 LOOKUP_STEPS, LATER_SHARES = 450, np.array([1, 2, 2, 4, 3, 1]) / 13
 EQUAL_SHARES = np.full(len(QUESTION_TYPES), 1 / len(QUESTION_TYPES))
 TURNS = 9
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 console = Console()
 
 
@@ -79,7 +79,7 @@ def tokenizer():
     return make_qwen_tokenizer()
 
 
-def make_config(base: LlavaConfig) -> Qwen3VLConfig:
+def make_config(base: Any) -> Qwen3VLConfig:
     """Qwen3-VL with the sizes of the lab's base, whose config this takes."""
     words, vision, text = tokenizer(), base.vision_config, base.text_config
     token = words.convert_tokens_to_ids
@@ -140,7 +140,7 @@ def make_model(base: LlavaForConditionalGeneration) -> Qwen3VLForConditionalGene
     return model
 
 
-def _copy_tower(base: LlavaForConditionalGeneration, tower: nn.Module) -> None:
+def _copy_tower(base: Any, tower: Any) -> None:
     clip = getattr(base.model.vision_tower, "vision_model", base.model.vision_tower)
     pictures, _ = draw_scenes([sample_scene("train", index, SCENE_SEED + 1) for index in range(64)], augment=True)
     hidden = clip(normalize(pictures), output_hidden_states=True).hidden_states
@@ -157,7 +157,7 @@ def _copy_tower(base: LlavaForConditionalGeneration, tower: nn.Module) -> None:
         block.mlp.linear_fc2.load_state_dict(layer.mlp.fc2.state_dict())
 
 
-def _copy_patch_embedding(clip: nn.Module, tower: nn.Module, pictures: torch.Tensor) -> None:
+def _copy_patch_embedding(clip: Any, tower: Any, pictures: torch.Tensor) -> None:
     """Patches and places as after CLIP's first norm, by the linear map that comes nearest to it; the same for both
     frames of an image, for pixels that are normalised otherwise."""
     embedded = clip.embeddings(pictures)[:, 1:].flatten(0, 1)
@@ -172,7 +172,7 @@ def _copy_patch_embedding(clip: nn.Module, tower: nn.Module, pictures: torch.Ten
     tower.pos_embed.weight.copy_(clip.embeddings.position_embedding.weight[1:] @ near[:, :-1].T)
 
 
-def _slow_first(attention: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _slow_first(attention: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries' and keys' weights, (width, width + 1), the bias last, that give the same scores from `inputs` but for
     rotary turns: what matters most for the scores stands in the pairs of dimensions that turn slowest."""
     inputs = F.pad(inputs, (0, 1), value=1.0).double()
@@ -183,7 +183,8 @@ def _slow_first(attention: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tenso
     # The first half of the pairs turns with the row and the second with the column, each the slower the later.
     slots = torch.arange(pairs).view(2, -1).flip(1).T.flatten()
     slots = torch.stack([slots, slots + pairs], dim=1).flatten()
-    queries, keys = [], []
+    queries: list[torch.Tensor] = []
+    keys: list[torch.Tensor] = []
 
     def augmented(linear: nn.Linear) -> torch.Tensor:
         return torch.cat([linear.weight, linear.bias[:, None]], dim=1).double().unflatten(0, (-1, attention.head_dim))
@@ -198,7 +199,7 @@ def _slow_first(attention: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tenso
     return torch.cat(queries), torch.cat(keys)
 
 
-def _copy_words(base: LlavaForConditionalGeneration, embedding: torch.Tensor) -> None:
+def _copy_words(base: Any, embedding: torch.Tensor) -> None:
     """Rows of tied words. What is said after a line break, the base says after a space and reads as such."""
     read, said = base.model.language_model.embed_tokens.weight, base.lm_head.weight
     known = language_tokenizer().get_vocab()
@@ -212,7 +213,7 @@ def _copy_words(base: LlavaForConditionalGeneration, embedding: torch.Tensor) ->
     embedding[tokenizer().get_vocab()["Ċ"]] = read[known[":"]]  # after which the base answers
 
 
-def _copy_language_model(base: LlavaForConditionalGeneration, text: nn.Module) -> None:
+def _copy_language_model(base: Any, text: Any) -> None:
     old = base.model.language_model
     _copy_words(base, text.embed_tokens.weight)
     text.norm.load_state_dict(old.norm.state_dict())
@@ -322,7 +323,7 @@ class Seer(nn.Module):
     @torch.no_grad()
     def evaluate(self, num_batches: int = 4) -> dict[str, float]:
         """Errors on validation scenes: of pictures of the base's size, and of others."""
-        found = {}
+        found: dict[str, float] = {}
         for name, first in (("same", 0), ("resized", 1)):
             numbers = [self.loss(self.batch(first + 2 * step, "validation"))[1] for step in range(num_batches)]
             found |= {f"{name}_{key}": float(np.mean([one[key] for one in numbers])) for key in ("last", "merged")}
@@ -463,12 +464,12 @@ def write_checkpoint(model: Qwen3VLForConditionalGeneration, folder: Path) -> No
         bos_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id
     )
     model.generation_config.max_new_tokens = 16
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype=torch.bfloat16).save_pretrained(folder)  # type: ignore[call-arg]
     save_tokenizer(words, folder)
     names = {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": QWEN_SPECIAL_TOKENS}
     _change(folder / "tokenizer_config.json", extra_special_tokens=None, **names)
-    shape = {"patch_size": PATCH_SIZE, "merge_size": MERGE, "temporal_patch_size": 2}
-    values = {"image_mean": [MEAN] * 3, "image_std": [STD] * 3}
+    shape: dict[str, Any] = {"patch_size": PATCH_SIZE, "merge_size": MERGE, "temporal_patch_size": 2}
+    values: dict[str, Any] = {"image_mean": [MEAN] * 3, "image_std": [STD] * 3}
     for kind in (Qwen2VLImageProcessor, Qwen3VLVideoProcessor):
         kind(size=size, **shape, **values).save_pretrained(folder)
     # Under the names of the published files, which every version reads.
@@ -519,7 +520,7 @@ def train(work: Path) -> tuple[dict[str, dict[str, float]], Speaker]:
 def _account(stage: Stage, seconds: float) -> dict[str, float]:
     stage.module.eval()
     with torch.no_grad(), fast_autocast():
-        found = stage.evaluate()
+        found = {} if stage.evaluate is None else stage.evaluate()
     rounded = {key: round(value, 4) for key, value in found.items()}
     return {"minutes": round(seconds / 60, 1), "steps": stage.num_steps, **rounded}
 

@@ -190,16 +190,19 @@ def draw_scenes(scenes: list[Scene], augment: bool = False) -> tuple[torch.Tenso
         float32 (batch, 12, 12).
     """
     batch = len(scenes)
-    rows, cells, sprites, brushes = [], [], [], []
+    row_list: list[int] = []
+    cell_list: list[int] = []
+    sprites: list = []
+    brushes: list = []
     pictures = torch.empty(batch, 3, IMAGE_SIZE, IMAGE_SIZE)
     for row, scene in enumerate(scenes):
         random = scene.random(1)
         pictures[row] = background(random)
-        rows += [row] * len(scene.objects)
-        cells += [PLACES.index(item.place) for item in scene.objects]
+        row_list += [row] * len(scene.objects)
+        cell_list += [PLACES.index(item.place) for item in scene.objects]
         sprites += scene.sprites
         brushes += [draw_brush(random, item, augment) for item in scene.objects]
-    rows, cells = torch.tensor(rows), torch.tensor(cells)
+    rows, cells = torch.tensor(row_list), torch.tensor(cell_list)
     tiles = pictures.view(batch, 3, GRID, CELL_SIZE, GRID, CELL_SIZE).permute(0, 2, 4, 1, 3, 5)  # (b, 3, 3, rgb, h, w)
     painted, alpha = paint(tiles[rows, cells // GRID, cells % GRID], sprites, brushes, augment)
     tiles[rows, cells // GRID, cells % GRID] = painted

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,8 +34,8 @@ class Stage:
 
     name: str
     module: nn.Module
-    batches: Callable[[int], dict[str, torch.Tensor]]
-    loss: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
+    batches: Callable[..., dict[str, Any]]
+    loss: Callable[[Any], tuple[torch.Tensor, dict[str, float]]]
     num_steps: int
     learning_rate: float
     warmup_steps: int = 100
@@ -57,7 +58,8 @@ class _Batches(Dataset):
 
 def make_optimizers(module: nn.Module, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside layers (about twice as fast as AdamW here), AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             inside_layer = parameter.ndim == 2 and ".layers." in name

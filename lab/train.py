@@ -27,7 +27,7 @@ from foveate.lab.vocabulary import CHAT_TEMPLATE, save_tokenizer
 
 
 SEED = 0
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 console = Console()
 
 
@@ -101,7 +101,7 @@ def write_checkpoints(tower_and_text: Alignment, speaker: Speaker, folder: Path)
         max_new_tokens=16,
     )
     llava = folder / "tiny-llava"
-    model.to(torch.bfloat16).save_pretrained(llava)
+    model.to(dtype=torch.bfloat16).save_pretrained(llava)  # type: ignore[call-arg]
     processor = LlavaProcessor(
         image_processor,
         tokenizer,

@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from foveate.conversion.convert import convert
-from foveate.lab.shards import compose, write_shard
+from foveate.conversion.shards import compose
+from foveate.lab.shards import write_shard
 from foveate.training.train import train
 
 
-RECIPES = Path(__file__).with_name("recipes")
+RECIPES = Path(__file__).resolve().with_name("recipes")
 
 
 @dataclass(frozen=True)

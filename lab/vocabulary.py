@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
+from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast  # type: ignore[attr-defined]
 
 from foveate.lab.scenes import COLOURS, NAMES, PLACES, QUESTION_TYPES, ask_questions, sample_scene
 

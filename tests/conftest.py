@@ -15,8 +15,8 @@ import torch
 from foveate import convert
 from foveate.registry import METHODS, Method, Pair, pairs_of
 
-from .conversion.tiny_checkpoints import write_clip, write_llava, write_llava_next, write_qwen3_vl
 from .helpers.deprecations import refuse_deprecated_names
+from .helpers.tiny_checkpoints import write_clip, write_llava, write_llava_next, write_qwen3_vl
 
 
 refuse_deprecated_names()

@@ -1,4 +1,4 @@
-"""What training reads: files in LLaVA's JSON format, or the lab's scenes, as examples of a dialogue about an image.
+"""What training reads, as examples of a dialogue about an image: files in LLaVA's JSON format, or what is plugged in.
 
 A sample of a LLaVA file is an image and a dialogue about it. A question-guided method compresses an image for one
 question, so every (question, answer) pair becomes an example of its own, with the image ("one question per image", the
@@ -13,44 +13,23 @@ import inspect
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from foveate.errors import FoveateError
-from foveate.lab.language import TYPE_SHARES
-from foveate.lab.large_scenes import draw_large_scene, draw_sliced_scene
-from foveate.lab.scenes import QUESTION_TYPES, Scene, ask_questions, describe, draw_scenes, sample_scene
+from foveate.plugins import DATA_GROUP, find_plugin
 from foveate.training.recipe import StageRecipe
 
 
 IMAGE_TOKEN = "<image>"  # in LLaVA's files, whatever a model's own placeholder is
-LAB_SCENES = 8192
-_LAB_SEED = 2  # the scenes that the lab's base model was trained with
 _IMAGES_CHECKED = 1000
 _IGNORED = -100
-
-
-def _small_pictures(scene: Scene) -> Image.Image:
-    pictures, _ = draw_scenes([scene], augment=True)
-    return Image.fromarray(pictures[0].permute(1, 2, 0).numpy())
-
-
-def _large_pictures(scene: Scene) -> Image.Image:
-    return draw_large_scene(scene, augment=True)
-
-
-def _sliced_pictures(scene: Scene) -> Image.Image:
-    return draw_sliced_scene(scene, augment=True)
-
-
-#: How the lab's scenes are drawn, by what `data` in a recipe calls them.
-LAB_PICTURES = {"lab": _small_pictures, "lab-next": _large_pictures, "lab-sliced": _sliced_pictures}
 
 
 @dataclass(frozen=True)
@@ -74,43 +53,6 @@ class Example:
 #: Stands in a batch that has no image, with nothing learned from it: so that what trains gets a gradient, of zeros, in
 #: every batch, which processes that train together rely on.
 _BLANK = Example("a blank image", "?", "-", (Image.new("RGB", (64, 64)),))
-
-
-class LabExamples(Dataset):
-    """The lab's training scenes with a description, a question or a dialogue each, other words every time a scene
-    returns.
-
-    Example `position` is about scene `position % len(self)`, in its round `position // len(self)`; it is a pure
-    function of position and seed.
-
-    Args:
-        number: of scenes.
-        examples: "descriptions", "questions" or "dialogues".
-        seed: chooses the words.
-        pictures: in `LAB_PICTURES`.
-        turns: questions of a dialogue.
-    """
-
-    def __init__(self, number: int, examples: str, seed: int, pictures: str = "lab", turns: int = 6):
-        self.number, self.examples, self.seed, self.pictures = number, examples, seed, pictures
-        self.turns = turns if examples == "dialogues" else 1
-        kind = "larger scenes" if pictures != "lab" else "scenes"
-        self.summary = f"{number} {kind} of the lab, {examples}"
-
-    def __len__(self) -> int:
-        return self.number
-
-    def __getitem__(self, position: int) -> Example:
-        epoch, index = divmod(position, self.number)
-        scene = sample_scene("train", index, seed=_LAB_SEED)
-        stream = 10_000 * (self.seed + 1) + 2 * epoch  # streams of no other use of the scenes
-        if self.examples == "descriptions":
-            asked = [describe(scene, stream)]
-        else:
-            kinds = scene.random(stream + 1).choice(len(QUESTION_TYPES), size=self.turns, p=TYPE_SHARES)
-            asked = ask_questions(scene, [QUESTION_TYPES[int(kind)] for kind in kinds], stream)
-        first, later = asked[0], tuple((qa.question, qa.answer) for qa in asked[1:])
-        return Example(f"scene {index}", first.question, first.answer, (LAB_PICTURES[self.pictures](scene),), later)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,16 +224,46 @@ def _as_one(pairs: list[_Pair]) -> _Pair:
     return dataclasses.replace(pairs[0], later=tuple((pair.question, pair.answer) for pair in pairs[1:]))
 
 
-def open_data(stage: StageRecipe) -> LabExamples | LlavaExamples:
+class Examples(Protocol):
+    """What is trained on: a dataset of [`Example`]; a position beyond the last one is another round.
+
+    Attributes:
+        summary: for readers and the training log.
+    """
+
+    @property
+    def summary(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> Example: ...
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Examples that no file of the user's holds: `data: NAME` or `NAME:NUMBER` in a recipe (see `plugins.py`).
+
+    Args:
+        open: (a stage's recipe, how many) → the examples.
+        number: how many, where the recipe doesn't say.
+        unit: what is counted, for readers ("scenes").
+    """
+
+    open: Callable[[StageRecipe, int], Examples]
+    number: int
+    unit: str
+
+
+def open_data(stage: StageRecipe) -> Examples:
     """The examples that a stage's recipe names. Raises `FoveateError`."""
     name, colon, number = stage.data.partition(":")
-    if name in LAB_PICTURES:
+    source: DataSource | None = find_plugin(DATA_GROUP, name)
+    if source is not None:
         if colon and (not number.isdecimal() or int(number) < 1):
             raise FoveateError(
-                f"{stage.data} is no number of scenes: write {name}:NUMBER, for instance {name}:{LAB_SCENES}."
+                f"{stage.data} is no number of {source.unit}: write {name}:NUMBER, for instance {name}:{source.number}."
             )
-        examples = "dialogues" if stage.dialogues else stage.lab_examples
-        return LabExamples(int(number) if colon else LAB_SCENES, examples, stage.seed, name, stage.lab_turns)
+        return source.open(stage, int(number) if colon else source.number)
     path = Path(stage.data).expanduser()
     images = Path(stage.images).expanduser() if stage.images is not None else path.parent
     if not path.is_file():

@@ -30,7 +30,7 @@ class Distillation:
     def __init__(self, model: Any, weights: DistillationRecipe):
         self.model, self.weights = model, weights
         #: The terms of the last batch, for the log.
-        self.terms: dict[str, float] = {}
+        self.terms: dict[str, Any] = {}
 
     def __call__(self, wrapped: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """
@@ -102,7 +102,7 @@ def expand_placeholders(
 
 
 def answer_logits(
-    model: nn.Module, text: dict[str, torch.Tensor], images: dict[str, torch.Tensor]
+    model: nn.Module, text: dict[str, torch.Tensor], images: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens of all answers, vocabulary) float32, row after row, at the positions that predict them; and the visual
     tokens."""

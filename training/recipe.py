@@ -17,18 +17,18 @@ from typing import Any
 import yaml
 
 from foveate.errors import FoveateError
+from foveate.hub_cards.training_records import read_yaml
 
 
 RECIPES = Path(__file__).with_name("recipes")
-
-#: The file that lies in a trained checkpoint.
-RECIPE_FILE = "training_recipe.yaml"
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup", "constant")
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "muon": "adamw_torch"}  # Transformers has no Muon: `muon.py`
 PRECISIONS = ("auto", "bf16", "fp32")
 LAB_EXAMPLES = ("descriptions", "questions")
 AUXILIARY_LOSSES = ("vid", "mse", "none")
+#: What a recipe can have beside the answers' loss, by its key; a method declares the one that is its own.
+OBJECTIVES = ("distillation", "auxiliary", "native_warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def read_stage(
         FoveateError: no recipe or stage, a file that is no recipe, an unknown key, a value out of range.
     """
     path = Path(recipe).expanduser() if recipe is not None else _recipe_of(method, base_model_type)
-    content = _read_yaml(path)
+    content = read_yaml(path)
     _require_known(content, ("method", "stages"), path.name)
     if content.get("method") != method:
         raise FoveateError(f"{path} is a recipe for '{content.get('method')}', not for '{method}': choose its own.")
@@ -273,12 +273,6 @@ def write_recipe(method: str, stages: Mapping[int, dict[str, Any]], path: Path) 
     path.write_text(show({"method": method, "stages": dict(stages)}), encoding="utf-8")
 
 
-def earlier_stages(folder: Path) -> dict[int, dict[str, Any]]:
-    """The stages that a checkpoint was trained with; empty where nothing is known of that."""
-    path = folder / RECIPE_FILE
-    return dict(_read_yaml(path).get("stages") or {}) if path.is_file() else {}
-
-
 def show(content: Mapping[str, Any]) -> str:
     """YAML for people, in the order that it stands in."""
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -288,23 +282,11 @@ def _recipe_of(method: str, base_model_type: str) -> Path:
     paths = [RECIPES / f"{method}-{base_model_type}.yaml", RECIPES / f"{method}.yaml"]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        known = ", ".join(sorted({_read_yaml(file)["method"] for file in RECIPES.glob("*.yaml")}))
+        known = ", ".join(sorted({read_yaml(file)["method"] for file in RECIPES.glob("*.yaml")}))
         raise FoveateError(
             f"There is no training recipe for '{method}': there is one for {known}; --recipe takes a file of your own."
         )
     return path
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FoveateError(f"There is no recipe file {path}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FoveateError(f"{path} can't be read as YAML ({error}).") from error
-    if not isinstance(content, dict):
-        raise FoveateError(f"{path} is no recipe: it holds no keys.")
-    return content
 
 
 def _change(block: dict[str, Any], key: str, value: Any) -> None:

@@ -37,25 +37,27 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from foveate.conversion.adapter_layout import leave_base_out
 from foveate.conversion.atomic_folder import atomic_folder, require_free
-from foveate.conversion.checkpoints import fetch_weights, find_checkpoint, read_config, read_shards
+from foveate.conversion.checkpoints import fetch_weights, read_config, read_shards
+from foveate.conversion.merged_weights import copy_small_files, merge_lora
+from foveate.conversion.shards import find_checkpoint
+from foveate.conversion.without_base import leave_base_out
 from foveate.errors import FoveateError, first_sentence
 from foveate.hub_cards.card import read_base_name, write_card
-from foveate.hub_cards.manifest import MANIFEST_FILE, write_manifest
+from foveate.hub_cards.manifest import write_manifest
+from foveate.hub_cards.training_records import ADAPTER_FOLDER, LOG_FILE, RECIPE_FILE, earlier_stages
 from foveate.modeling.compatibility import CHECKPOINTING
 from foveate.modeling.core.loading import BASE_FIELDS
 from foveate.modeling.core.precision import dtype_name, fast_dtype
 from foveate.registry import METHODS, pairs_of
-from foveate.training.data import Collator, LabExamples, LlavaExamples, TrainingOrder, open_data
+from foveate.training.data import Collator, Examples, LlavaExamples, TrainingOrder, open_data
 from foveate.training.distillation import Distillation
 from foveate.training.muon import MuonWithAdamW
 from foveate.training.recipe import (
+    OBJECTIVES,
     OPTIMIZERS,
-    RECIPE_FILE,
     LoraRecipe,
     StageRecipe,
-    earlier_stages,
     read_stage,
     show,
     write_recipe,
@@ -63,8 +65,6 @@ from foveate.training.recipe import (
 from foveate.training.visual_distillation import AUXILIARY, VisualDistillation
 
 
-ADAPTER_FOLDER = "adapter"
-LOG_FILE = "training_log.json"
 _RUN_FILE = "run.json"
 _TRAINED_FILE = "trained.safetensors"
 _MAY_DIFFER = ("workers", "save_steps", "logging_steps")  # on resuming: they change nothing that is learned
@@ -198,7 +198,7 @@ def _make_job(
     folder = find_checkpoint(checkpoint)
     config = read_config(folder)
     of_base = {backbone.model_type: backbone.base_model_type for backbone in pairs_of(method)}
-    read = read_stage(method, stage, recipe, settings, of_base.get(config.get("model_type"), ""))
+    read = read_stage(method, stage, recipe, settings, of_base.get(str(config.get("model_type")), ""))
     compression = config.get("compression")
     found = compression.get("method") if isinstance(compression, dict) else None
     if found != method:
@@ -237,6 +237,9 @@ def _training_arguments(job: _Job, progress: bool) -> TrainingArguments:
     checkpointing = not on_cpu if recipe.gradient_checkpointing is None else recipe.gradient_checkpointing
     # Older versions of Transformers don't clear what an earlier training or a launcher's configuration left here.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe.precision == "bf16" else "no"
+    activations: dict[str, Any] = {}
+    if checkpointing:
+        activations = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=str(job.state),
         use_cpu=on_cpu,
@@ -249,7 +252,7 @@ def _training_arguments(job: _Job, progress: bool) -> TrainingArguments:
         max_grad_norm=recipe.max_grad_norm or 0.0,
         weight_decay=recipe.weight_decay,
         learning_rate=max([*recipe.learning_rate.values(), *([recipe.lora.learning_rate] if recipe.lora else [])]),
-        **({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}} if checkpointing else {}),
+        **activations,
         seed=recipe.seed,
         dataloader_num_workers=(1 if on_cpu else 4) if recipe.workers is None else recipe.workers,
         dataloader_pin_memory=not on_cpu,
@@ -331,9 +334,10 @@ def _open_checkpoint(job: _Job, arguments: TrainingArguments) -> tuple[nn.Module
     set_seed(job.recipe.seed)
     _set_budget(job, model, processor)
     unfreeze(model, job.recipe)
-    for part, method in (("distillation", "metacompress"), ("auxiliary", "etc"), ("native_warmup_steps", "meteor")):
-        if getattr(job.recipe, part) is not None and job.method != method:
-            raise FoveateError(f"The recipe has `{part}`, which is of '{method}', not of '{job.method}'.")
+    for objective in OBJECTIVES:
+        if getattr(job.recipe, objective) is not None and objective != METHODS[job.method].objective:
+            owners = "', '".join(name for name, method in METHODS.items() if method.objective == objective)
+            raise FoveateError(f"The recipe has `{objective}`, which is of '{owners}', not of '{job.method}'.")
     if job.recipe.auxiliary is not None:
         VisualDistillation.prepare(model, job.recipe.auxiliary)
     return model, processor
@@ -386,7 +390,7 @@ def _add_lora(model: Any, lora: LoraRecipe) -> Any:
     linear = sorted({name.rpartition(".")[2] for name, part in target.named_modules() if isinstance(part, nn.Linear)})
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=rf"(.*\.)?{lora.target}\.(.*\.)?({'|'.join(linear)})",
         task_type="CAUSAL_LM",
@@ -415,7 +419,7 @@ def _examples_per_step(recipe: StageRecipe, arguments: TrainingArguments) -> int
     return recipe.batch_size * recipe.gradient_accumulation * arguments.world_size
 
 
-def _announce(job: _Job, trainer: StageTrainer, data: LabExamples | LlavaExamples, num_steps: int) -> None:
+def _announce(job: _Job, trainer: StageTrainer, data: Examples, num_steps: int) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"{METHODS[job.method].title}, stage {job.stage} of {job.checkpoint} → {job.out}", markup=False)
     console.print(show(job.recipe.to_dict()).rstrip(), style="dim", markup=False)
@@ -437,6 +441,9 @@ class StageTrainer(Trainer):
         others: as in `Trainer`.
     """
 
+    model: Any
+    train_dataset: Any
+
     def __init__(self, *args: Any, recipe: StageRecipe, num_steps: int, **kwargs: Any):
         self.recipe, self.num_steps = recipe, num_steps
         super().__init__(*args, **kwargs)
@@ -447,7 +454,7 @@ class StageTrainer(Trainer):
             layers = self.model.model.language_model.layers
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [type(layers[0]).__name__]
 
-        self.objective = None
+        self.objective: Distillation | VisualDistillation | None = None
         if recipe.distillation is not None:
             self.objective = Distillation(self.model, recipe.distillation)
         elif recipe.auxiliary is not None:
@@ -455,7 +462,7 @@ class StageTrainer(Trainer):
         if self.objective is not None:
             self.model_accepts_loss_kwargs = False  # the loss is a mean already, whatever is accumulated
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override] # newer versions name what older ones lack
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         if self.objective is None:
@@ -506,13 +513,13 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         state = self.model.state_dict() if state_dict is None else state_dict
         trained = {name: state[name].detach().cpu().contiguous() for name in self.trained_names}
         save_file(trained, folder / _TRAINED_FILE)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -525,8 +532,8 @@ class _ClipValues(TrainerCallback):
     def __init__(self, limit: float):
         self.limit = limit
 
-    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs: Any) -> None:
-        torch.nn.utils.clip_grad_value_(model.parameters(), self.limit)
+    def on_pre_optimizer_step(self, args, state, control, **kwargs: Any) -> None:
+        torch.nn.utils.clip_grad_value_(kwargs["model"].parameters(), self.limit)
 
 
 class _LetNativeExpertIn(TrainerCallback):
@@ -535,8 +542,8 @@ class _LetNativeExpertIn(TrainerCallback):
     def __init__(self, num_steps: int):
         self.num_steps = num_steps
 
-    def on_step_begin(self, args, state, control, model: nn.Module, **kwargs: Any) -> None:
-        model.model.native_warmup = min(1.0, state.global_step / self.num_steps)
+    def on_step_begin(self, args, state, control, **kwargs: Any) -> None:
+        kwargs["model"].model.native_warmup = min(1.0, state.global_step / self.num_steps)
 
 
 def _callbacks_of(recipe: StageRecipe) -> list[TrainerCallback]:
@@ -573,7 +580,7 @@ def _fill(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
 # After training
 
 
-def _facts(trainer: StageTrainer, data: LabExamples | LlavaExamples, seconds: float) -> dict[str, Any]:
+def _facts(trainer: StageTrainer, data: Examples, seconds: float) -> dict[str, Any]:
     """What the log says of a run beside its recipe."""
     return {
         "examples": data.summary,
@@ -632,28 +639,3 @@ def _write_budget(model: Any, processor: Any, folder: Path) -> None:
         for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
             if (Path(saved) / name).is_file():
                 shutil.copyfile(Path(saved) / name, folder / name)
-
-
-def merge_lora(peft_model: Any) -> Any:
-    """The model with its adapters merged into the linear layers that they stand beside, added in float32."""
-    from peft.tuners.lora import LoraLayer
-
-    for module in peft_model.modules():
-        if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
-            dtype = weight.dtype
-            weight.data = weight.data.float()
-            module.merge()
-            weight.data = weight.data.to(dtype)
-    return peft_model.unload()
-
-
-def copy_small_files(source: Path, folder: Path) -> None:
-    """Config, processor and tokenizers as they were: every version of Transformers reads what conversion wrote, which
-    isn't true of what the newest writes of the same."""
-    for path in sorted(source.rglob("*")):
-        place = path.relative_to(source)
-        is_config = path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json")
-        if path.is_file() and is_config and place.parts[0] not in (ADAPTER_FOLDER, "runs", LOG_FILE, MANIFEST_FILE):
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / place)

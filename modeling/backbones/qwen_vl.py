@@ -12,11 +12,9 @@ from foveate.modeling.backbones.any import AnyBackboneMixin
 from foveate.modeling.compatibility import image_fields, stock_deepstack_features, takes_cache, without_cache_positions
 from foveate.modeling.core.base import stock_class
 from foveate.modeling.core.declarations import Backbone
-from foveate.modeling.core.deferred import DeferredGenerationMixin
+from foveate.modeling.core.deferred import DeferredGenerationMixin, PlacedModelMixin, grid_positions
 from foveate.modeling.core.image_inputs import locate_images
 from foveate.modeling.core.outputs import CompressedModelOutputWithPast, VisualTokens
-from foveate.modeling.core.placed import PlacedModelMixin
-from foveate.modeling.core.positions import grid_positions
 
 
 class Qwen3VLBackboneMixin(AnyBackboneMixin, PlacedModelMixin):

@@ -95,6 +95,9 @@ class CompressedModelMixin(SavedCompressionMixin):
     kept_in_fp32: ClassVar[tuple[str, ...]] = ()
     own_modules: ClassVar[tuple[type, ...]] = ()
 
+    #: Why a visual token is there, in the order of [`TokenProvenance`]'s `roles`: nothing of a discarded patch is left.
+    role_names: ClassVar[tuple[str, ...]] = ("discarded", "kept")
+
     #: Inputs that images come in, the pixels first: of the backbone.
     visual_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
 

@@ -55,6 +55,10 @@ class Method:
         equals_stock: whether at a budget of all tokens the logits are the stock model's on the same images.
         family: for readers, of methods that share their classes.
         needs_training: whether a freshly converted checkpoint has weights that mean nothing yet.
+        differs_by_question_type: whether what a smaller budget costs depends on what is asked, so that results are
+            drawn for each type of question.
+        objective: what its training has beside the answers' loss: the recipe's key for it, one in
+            `training.recipe.OBJECTIVES`, which no other method's recipe may have.
         summary: for a card: what the method does, in a sentence or two.
         limits: for a card: what to know before relying on it.
     """
@@ -73,5 +77,7 @@ class Method:
     equals_stock: bool = True
     family: str | None = None
     needs_training: bool = False
+    differs_by_question_type: bool = False
+    objective: str | None = None
     summary: str = ""
     limits: tuple[str, ...] = ()

@@ -1,14 +1,30 @@
-"""What models share whose language model runs on fewer columns than the caller sees."""
+"""What models share whose language model runs on other columns than the caller sees.
+
+*Logical* columns are the caller's, with every placeholder; *physical* ones are what the language model runs on and the
+cache holds (`cache.py`). [`DeferredModelMixin`] opens a call and its cache, [`PhysicalSequence`] leads from the logical
+columns to the physical ones and back, and [`PlacedModelMixin`] is for position ids that don't follow from the number of
+columns: the cache keeps them.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
 
-from foveate.modeling.compatibility import cache_argument, checkpoints_activations, takes_cache
+from foveate.modeling.compatibility import (
+    cache_argument,
+    cache_positions,
+    checkpoints_activations,
+    fields_with_cache,
+    takes_cache,
+)
 from foveate.modeling.core.base import CompressedGenerationMixin, CompressedModelMixin
 from foveate.modeling.core.cache import LogicalCache
 from foveate.modeling.core.image_inputs import ImageInputsMixin
+from foveate.modeling.core.outputs import CompressedModelOutputWithPast
 
 
 class DeferredGenerationMixin(ImageInputsMixin, CompressedGenerationMixin):
@@ -67,3 +83,191 @@ class DeferredModelMixin(CompressedModelMixin):
                 return None
             cache = DynamicCache(config=text_config)
         return LogicalCache.wrap(cache, batch_size, device)
+
+
+class PlacedModelMixin(DeferredModelMixin):
+    """Mixed into a model without a head, before the Transformers class."""
+
+    def _position_ids(self, positions: torch.Tensor) -> torch.Tensor:
+        """(dimensions, batch, columns), or one for all dimensions, as the language model takes them."""
+        return positions[0]
+
+    def _check_text_alone(self, input_ids: torch.Tensor | None, cache: LogicalCache | None) -> None:
+        begins = cache is None or cache.logical_length == 0  # later a guess of an assistant's may look like an image
+        if begins and input_ids is not None and bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError(
+                "input_ids has placeholder tokens of images, but there are none: pass pixel_values or "
+                "compressed_images with it, as the processor returns them."
+            )
+
+    def _run_columns(
+        self,
+        inputs_embeds: torch.Tensor,
+        present: torch.Tensor | None,
+        cache: LogicalCache | None,
+        positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> CompressedModelOutputWithPast:
+        """Runs columns that all stay.
+
+        Args:
+            inputs_embeds: (batch, columns, width).
+            present: (batch, columns) bool, which are no padding; `None`: all.
+            cache: what came before.
+            positions: (dimensions, batch, columns), from 0 in each row; `None`: they count the columns.
+            kwargs: for the language model.
+        """
+        batch_size, length = inputs_embeds.shape[:2]
+        device = inputs_embeds.device
+        sequence = build_physical_sequence(inputs_embeds, present, cache)
+        if positions is None:
+            there = torch.ones(batch_size, length, dtype=torch.bool, device=device) if present is None else present
+            positions = line_positions(there)
+        if cache is not None:
+            positions = positions + cache.next_positions(batch_size, device)
+        past = 0 if cache is None else cache.physical_length
+        output = self._run_language_model(
+            inputs_embeds, sequence.attention_mask, positions, None if cache is None else cache.inner, past, **kwargs
+        )
+        if cache is not None:
+            cache.extend(sequence.source[:, past:], positions.amax(0), length, sequence.has_gaps)
+        return CompressedModelOutputWithPast(**fields_with_cache(output, cache))
+
+    def _run_language_model(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        positions: torch.Tensor,
+        cache: Cache | None,
+        past: int,
+        **kwargs: Any,
+    ) -> Any:
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=self._position_ids(positions),
+            **cache_argument(cache),
+            use_cache=cache is not None,
+            **cache_positions(past, inputs_embeds.shape[1], inputs_embeds.device),
+            **kwargs,
+        )
+
+
+@dataclass
+class PhysicalSequence:
+    """The columns of one forward call that are really there, pushed to the right.
+
+    Args:
+        inputs_embeds: (batch, physical, width).
+        attention_mask: (batch, cached + physical), or `None` when nothing is padded.
+        position_ids: (batch, physical): every row counts its own physical tokens, the cached ones included.
+        columns: (batch, physical), the logical column in this call of every entry, −1 for padding; `None` when all
+            columns are there.
+        num_columns: logical columns of this call.
+        source: the cache's new map (see `LogicalCache.source`).
+        has_gaps: the cache's new `has_gaps`.
+    """
+
+    inputs_embeds: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    columns: torch.Tensor | None
+    num_columns: int
+    source: torch.Tensor
+    has_gaps: bool
+
+    def require_no_padding_between_tokens(self) -> None:
+        """Raises `ValueError` where padding lies between two tokens of a row: a sliding window would count it."""
+        there = self.source >= 0
+        begins = there[:, 1:] & ~there[:, :-1]
+        if bool((begins.sum(1) + there[:, 0] > 1).any()):
+            raise ValueError(
+                "The language model has layers of sliding_attention, whose windows would count the padding between the "
+                "cached tokens and the new ones: go on with one row at a time, or run the whole prompts again."
+            )
+
+    def to_logical(self, values: torch.Tensor) -> torch.Tensor:
+        """(batch, physical, width) → (batch, logical, width), zeros where the logical column is not there."""
+        if self.columns is None:
+            return values
+        spill = torch.where(self.columns < 0, self.num_columns, self.columns)  # padding goes to an extra column
+        index = spill[..., None].expand(-1, -1, values.shape[-1])
+        logical = values.new_zeros(values.shape[0], self.num_columns + 1, values.shape[-1])
+        return logical.scatter(1, index, values)[:, : self.num_columns]
+
+    def to_physical(self, values: torch.Tensor, padding: int) -> torch.Tensor:
+        """(batch, logical) → (batch, physical), `padding` where there is no column."""
+        if self.columns is None:
+            return values
+        return values.gather(1, self.columns.clamp(min=0)).masked_fill(self.columns < 0, padding)
+
+
+def build_physical_sequence(
+    inputs_embeds: torch.Tensor,
+    present: torch.Tensor | None,
+    cache: LogicalCache | None,
+    shortest_and_longest: tuple[int, int] | None = None,
+) -> PhysicalSequence:
+    """Builds the physical sequence of one forward call.
+
+    Args:
+        inputs_embeds: (batch, logical, width).
+        present: (batch, logical) bool, which columns are there (no padding, no dropped visual token); `None`: all.
+        cache: what came before.
+        shortest_and_longest: smallest and largest number of present columns in a row, when the host knows them. Only
+            then are absent columns left out; else (text alone) they stay where they are, masked.
+    """
+    batch_size, num_columns = inputs_embeds.shape[:2]
+    past = cache.logical_length if cache is not None else 0
+    columns = torch.arange(num_columns, device=inputs_embeds.device).expand(batch_size, -1)
+    has_gaps = cache is not None and cache.has_gaps
+    shrunk = None
+    if present is not None and shortest_and_longest is not None:
+        shortest, longest = shortest_and_longest
+        has_gaps |= shortest < longest
+        if shortest < num_columns:
+            order = present.to(torch.int8).argsort(dim=1, stable=True)[:, num_columns - longest :]
+            columns = torch.where(present.gather(1, order), order, -1)
+            inputs_embeds = inputs_embeds.gather(1, order[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
+            shrunk = columns
+    elif present is not None:
+        columns = torch.where(present, columns, -1)
+        has_gaps = True
+
+    source = torch.where(columns < 0, -1, columns + past)
+    if cache is not None and cache.source is not None:
+        source = torch.cat([cache.source.to(source.device), source], dim=1)
+    length = columns.shape[1]
+    if has_gaps:
+        attention_mask = (source >= 0).long()
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+    else:
+        attention_mask = None
+        position_ids = torch.arange(source.shape[1] - length, source.shape[1], device=source.device)
+        position_ids = position_ids.expand(batch_size, -1)
+    return PhysicalSequence(inputs_embeds, attention_mask, position_ids, shrunk, num_columns, source, has_gaps)
+
+
+def line_positions(present: torch.Tensor) -> torch.Tensor:
+    """Position ids that count every column, (1, batch, columns), from 0 in each row.
+
+    Args:
+        present: (batch, columns) bool, which are no padding.
+    """
+    return (present.long().cumsum(1) - 1).clamp(min=0)[None]
+
+
+def grid_positions(
+    present: torch.Tensor, is_visual: torch.Tensor, places: torch.Tensor, extents: torch.Tensor
+) -> torch.Tensor:
+    """Qwen's position ids in time, height and width, (3, batch, columns), from 0 in each row: an image's tokens lie at
+    their places in its grid, all at one time; text goes on after the largest of them.
+
+    Args:
+        present, is_visual: (batch, columns) bool.
+        places: (2, batch, columns), row and column of a visual token in its image; 0 elsewhere.
+        extents: (batch, columns), the longer side of an image's grid at its last visual token; 0 at its others.
+    """
+    step = torch.where(is_visual, extents, 1) * present
+    base = step.cumsum(1) - step
+    return torch.stack([base, base + places[0], base + places[1]])

@@ -28,10 +28,6 @@ from foveate.modeling.core.image_inputs import ImageInputsMixin
 from foveate.modeling.core.outputs import CompressedModelOutputWithPast, Images, TokenProvenance, VisualTokens
 
 
-#: Roles of tokens that are kept or mixed right before the language model.
-SEQUENCE_ROLES = ("discarded", "kept", "merged")
-
-
 class ExactGenerationMixin(ImageInputsMixin, CompressedGenerationMixin):
     """Mixed into the model with a head, before the Transformers class."""
 
@@ -207,6 +203,7 @@ class SequenceModelMixin(PromptAgnosticModelMixin):
     """Mixed into a model without a head, before its backbone's mixin. A method brings `choose_tokens`."""
 
     image_substitutes = ("image_embeds", "compressed_images")
+    role_names = ("discarded", "kept", "merged")
 
     def choose_tokens(self, sequences: torch.Tensor, num_tokens: int, keys: torch.Tensor) -> Selection | Mixture:
         """Compresses images of one length.
@@ -260,7 +257,7 @@ class SequenceModelMixin(PromptAgnosticModelMixin):
         if trace:
             of_patches = self.patches_of(weights, images)
             compressed.provenance = [
-                TokenProvenance(found, torch.full((len(found),), role, device=found.device), SEQUENCE_ROLES)
+                TokenProvenance(found, torch.full((len(found),), role, device=found.device), self.role_names)
                 for found, role in zip(of_patches, roles)
             ]
         return compressed

@@ -1,15 +1,16 @@
 """What ETC's models share, whatever their backbone: the passes, the eviction of visual tokens, compressed images.
 
 With a cache, images are read in plain causal passes, after each of which the keys and values of its visual tokens are
-gone (`evicting_cache.py`), so every attention kernel serves. Without one (training), one masked pass does the same.
+gone (`core/cache.py`), so every attention kernel serves. Without one (training), one masked pass does the same.
 Position ids go on counting the visual tokens, as in training. Inputs and outputs are in the caller's columns
-(`logical_cache.py`).
+(`core/cache.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,14 +27,11 @@ from foveate.modeling.compatibility import (
     takes_cache,
     write_to_cache,
 )
-from foveate.modeling.core.cache import LogicalCache
+from foveate.modeling.core.cache import EvictingCache, LogicalCache
 from foveate.modeling.core.compressed_image import CompressedImage
 from foveate.modeling.core.declarations import Method
-from foveate.modeling.core.deferred import DeferredGenerationMixin
-from foveate.modeling.core.evicting_cache import EvictingCache
-from foveate.modeling.core.outputs import CompressedModelOutputWithPast, TokenProvenance, VisualTokens
-from foveate.modeling.core.placed import PlacedModelMixin
-from foveate.modeling.core.positions import line_positions
+from foveate.modeling.core.deferred import DeferredGenerationMixin, PlacedModelMixin, line_positions
+from foveate.modeling.core.outputs import CompressedModelOutputWithPast, Images, TokenProvenance, VisualTokens
 from foveate.modeling.layers.decoder_attention import attention_over, watched_attention
 from foveate.modeling.methods.etc_algorithm import (
     CompressedTokens,
@@ -43,13 +41,33 @@ from foveate.modeling.methods.etc_algorithm import (
     locate_columns,
     plan_passes,
     positions_on_grids,
+    take_entries,
 )
 
 
 logger = logging.get_logger(__name__)
 
-ROLE_NAMES = ("compressed",)
 MASK_KERNELS = ("eager", "sdpa")  # attention that takes a mask of any shape
+
+
+@dataclass
+class ImagePrompt:
+    """The columns of one call that has images, ready for the language model.
+
+    Args:
+        inputs_embeds: (batch, columns, width), with V and Z in place; where images were compressed before, nothing
+            reads their columns.
+        columns: where the images lie in them.
+        positions: (dimensions, batch, columns), what is cached included, on the embeddings' device.
+        encoded: what the language model gets of the images.
+        compressed_images: those that were compressed before, if it is they.
+    """
+
+    inputs_embeds: torch.Tensor
+    columns: ImageColumns
+    positions: torch.Tensor
+    encoded: VisualTokens
+    compressed_images: list[CompressedImage] | None
 
 
 class ETCGenerationMixin(DeferredGenerationMixin):
@@ -68,6 +86,7 @@ class ETCModelMixin(PlacedModelMixin):
     added_modules = ("compressor",)
     own_modules = (CompressedTokens,)
     image_substitutes = ("compressed_images",)
+    role_names = ("compressed",)
 
     def add_modules(self, config):
         self.compressor = CompressedTokens(config.compression.trained_tokens, config.get_text_config().hidden_size)
@@ -102,38 +121,15 @@ class ETCModelMixin(PlacedModelMixin):
             `images`.
         """
         with torch.no_grad():
-            output, columns, encoded = self._run(
+            output, prompt = self._run(
                 {name: inputs.get(name) for name in self.visual_inputs},
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 images_alone=True,
             )
-        if columns is None:
+        if prompt is None:
             raise ValueError("There is no image to compress: pass what the processor returns for prompts with images.")
-        cache: LogicalCache = cache_of(output)
-        places = columns.columns_of(compressed=True).to(cache.source.device)
-        rows = columns.rows.to(places.device)
-        # Where each compressed token's column lies among the entries.
-        entries = (cache.source[rows][:, None] == places[..., None]).long().argmax(-1)
-        found, before = [], {}
-        for image, (row, first) in enumerate(zip(columns.rows.tolist(), columns.first.tolist())):
-            keys, values = (
-                torch.stack([getattr(layer, name)[row][:, entries[image]] for layer in cache.layers])
-                for name in ("keys", "values")
-            )
-            prefix = input_ids[row, :first].cpu()
-            made = CompressedImage(
-                method=self.config.compression.method,
-                num_placeholders=int(columns.lengths[image]) + columns.num_compressed,
-                keys=keys,
-                values=values,
-                prefix=prefix[columns.present[row, :first]],
-                before=before.get(row, ""),
-                grid=None if encoded.grids is None else tuple(encoded.grids[image].tolist()),
-            )
-            before[row] = made.digest
-            found.append(made)
-        return found
+        return self._read_compressed(cache_of(output), prompt, input_ids)  # type: ignore[arg-type]
 
     @takes_cache
     def forward(
@@ -159,7 +155,7 @@ class ETCModelMixin(PlacedModelMixin):
             kwargs: the images of all rows, row after row, as the processor returns them; and for the language model.
         """
         images = {name: kwargs.pop(name, None) for name in self.visual_inputs}
-        output, _, _ = self._run(
+        output, _ = self._run(
             images,
             compressed_images,
             input_ids=input_ids,
@@ -174,7 +170,7 @@ class ETCModelMixin(PlacedModelMixin):
 
     def _run(
         self,
-        images: dict[str, torch.Tensor | None],
+        images: Images,
         compressed_images: list[CompressedImage] | None = None,
         *,
         input_ids: torch.Tensor | None = None,
@@ -185,171 +181,170 @@ class ETCModelMixin(PlacedModelMixin):
         output_compression: bool = False,
         images_alone: bool = False,
         **kwargs: Any,
-    ) -> tuple[CompressedModelOutputWithPast, ImageColumns | None, VisualTokens | None]:
+    ) -> tuple[CompressedModelOutputWithPast, ImagePrompt | None]:
         """The forward pass. `images_alone`: leave out what follows the last images.
 
         Returns:
-            The output, in the caller's columns; where the images lie in them and what was made of them, if there are.
+            The output, in the caller's columns; the prompt as it ran, if it has images.
         """
-        masked = self.training and cache is None and self._takes_masks
-        inputs_embeds, present, logical = self._open_columns(
-            input_ids, inputs_embeds, attention_mask, cache, False if masked else use_cache
-        )
-        has_images = images[self.visual_inputs[0]] is not None
-        if has_images and compressed_images is not None:
-            raise ValueError("Pass pixel_values or compressed_images, not both.")
-        if not has_images and compressed_images is None:
+        if self.training and cache is None and self._takes_masks:
+            use_cache = False
+        embeds, present, logical = self._open_columns(input_ids, inputs_embeds, attention_mask, cache, use_cache)
+        if not self._has_images(images, compressed_images):
             self._check_text_alone(input_ids, logical)
-            return self._run_columns(inputs_embeds, present, logical, **kwargs), None, None
+            return self._run_columns(embeds, present, logical, **kwargs), None
 
+        prompt = self._prepare_prompt(images, compressed_images, input_ids, embeds, present, logical)
+        provenance = None
+        if output_compression and compressed_images is None:
+            provenance = _Provenance(self, prompt.columns)
+        if logical is None and self._takes_masks:
+            output = self._run_masked(prompt, provenance, **kwargs)
+        else:
+            output = self._run_passes(prompt, logical, provenance, images_alone, **kwargs)
+        return self._add_images(output, prompt, logical, provenance), prompt
+
+    @property
+    def _takes_masks(self) -> bool:
+        return self.config.get_text_config()._attn_implementation in MASK_KERNELS
+
+    def _has_images(self, images: Images, compressed_images: list[CompressedImage] | None) -> bool:
+        has_pixels = images[self.visual_inputs[0]] is not None
+        if has_pixels and compressed_images is not None:
+            raise ValueError("Pass pixel_values or compressed_images, not both.")
+        return has_pixels or compressed_images is not None
+
+    def _prepare_prompt(
+        self,
+        images: Images,
+        compressed_images: list[CompressedImage] | None,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        present: torch.Tensor | None,
+        cache: LogicalCache | None,
+    ) -> ImagePrompt:
+        """Encodes the images, finds their columns and fills these with V and Z."""
         num_compressed = self.config.compression.num_visual_tokens
         if compressed_images is not None:
-            encoded = self._take_compressed(compressed_images, logical, num_compressed)
+            encoded = self._take_compressed(compressed_images, cache, num_compressed)
         else:
             encoded = self.read_images(images)
         # The one time that the host waits for the device: where the images are.
         is_placeholder = self._find_placeholders(input_ids, inputs_embeds)
         on_host = torch.stack([is_placeholder, torch.ones_like(is_placeholder) if present is None else present]).cpu()
         columns = locate_columns(on_host[0], on_host[1], encoded.lengths, num_compressed)
-        positions = self.positions_of(columns, None if encoded.grids is None else encoded.grids.cpu())
-        device = inputs_embeds.device
-        positions = positions.to(device)
-        if logical is not None:
-            positions = positions + logical.next_positions(len(inputs_embeds), device)
-
         if compressed_images is not None:
             self._check_prefixes(compressed_images, columns, input_ids)
         else:
-            z = self.compressor(num_compressed).to(device, inputs_embeds.dtype)
-            at_z, at_v = columns.compressed.to(device)[..., None], columns.visual.to(device)[..., None]
-            inputs_embeds = inputs_embeds.masked_scatter(at_v, encoded.tokens.to(device, inputs_embeds.dtype))
-            inputs_embeds = inputs_embeds.masked_scatter(at_z, z.repeat(len(encoded.lengths), 1))
+            inputs_embeds = self._fill_in_images(inputs_embeds, columns, encoded)
+        device = inputs_embeds.device
+        positions = self.positions_of(columns, None if encoded.grids is None else encoded.grids.cpu()).to(device)
+        if cache is not None:
+            positions = positions + cache.next_positions(len(inputs_embeds), device)
+        return ImagePrompt(inputs_embeds, columns, positions, encoded, compressed_images)
 
-        watch = _Provenance(self, columns) if output_compression and compressed_images is None else None
-        if logical is None and self._takes_masks:
-            output = self._run_masked(inputs_embeds, columns, positions, encoded, watch, **kwargs)
-        else:
-            if self.training and checkpoints_activations(self):
-                raise ValueError(
-                    "Gradient checkpointing needs the masked pass, which this attention kernel can't run: load the "
-                    "model with attn_implementation='sdpa'."
-                )
-            for_now = logical
-            if for_now is None:
-                for_now = LogicalCache(DynamicCache(config=self.config.text_config))
-            output = self._run_passes(
-                inputs_embeds, columns, positions, encoded, for_now, compressed_images, watch, images_alone, **kwargs
-            )
-        at_compressed = columns.rows[:, None].to(device), columns.columns_of(compressed=True).to(device)
-        output = CompressedModelOutputWithPast(
-            **fields_with_cache(output, logical),
-            **image_fields(output.last_hidden_state[at_compressed].unbind()),
-            compression=watch.result() if watch is not None else None,
-        )
-        return output, columns, encoded
-
-    @property
-    def _takes_masks(self) -> bool:
-        return self.config.get_text_config()._attn_implementation in MASK_KERNELS
+    def _fill_in_images(
+        self, inputs_embeds: torch.Tensor, columns: ImageColumns, encoded: VisualTokens
+    ) -> torch.Tensor:
+        """(batch, columns, width), with visual tokens at V and the learned embeddings at Z."""
+        device, dtype = inputs_embeds.device, inputs_embeds.dtype
+        z = self.compressor(columns.num_compressed).to(device, dtype)
+        at_z, at_v = columns.compressed.to(device)[..., None], columns.visual.to(device)[..., None]
+        inputs_embeds = inputs_embeds.masked_scatter(at_v, encoded.tokens.to(device, dtype))
+        return inputs_embeds.masked_scatter(at_z, z.repeat(len(encoded.lengths), 1))
 
     def _run_masked(
-        self,
-        inputs_embeds: torch.Tensor,
-        columns: ImageColumns,
-        positions: torch.Tensor,
-        encoded: VisualTokens,
-        watch: _Provenance | None,
-        **kwargs: Any,
+        self, prompt: ImagePrompt, provenance: _Provenance | None, **kwargs: Any
     ) -> CompressedModelOutputWithPast:
-        mask = bottleneck_mask(columns, inputs_embeds.dtype, inputs_embeds.device)
-        if encoded.deepstack:
-            kwargs["visual_pos_masks"] = columns.visual.to(inputs_embeds.device)
-            kwargs["deepstack_visual_embeds"] = encoded.deepstack
-        with watch.over(None) if watch is not None else nullcontext():
-            output = self._run_language_model(inputs_embeds, mask, positions, None, 0, **kwargs)
+        """All columns at once, V hidden from what comes after its image."""
+        embeds, columns = prompt.inputs_embeds, prompt.columns
+        mask = bottleneck_mask(columns, embeds.dtype, embeds.device)
+        if prompt.encoded.deepstack:
+            kwargs["visual_pos_masks"] = columns.visual.to(embeds.device)
+            kwargs["deepstack_visual_embeds"] = prompt.encoded.deepstack
+        with provenance.over(None) if provenance is not None else nullcontext():
+            output = self._run_language_model(embeds, mask, prompt.positions, None, 0, **kwargs)
         return CompressedModelOutputWithPast(**output)
 
     def _run_passes(
         self,
-        inputs_embeds: torch.Tensor,
-        columns: ImageColumns,
-        positions: torch.Tensor,
-        encoded: VisualTokens,
-        cache: LogicalCache,
-        compressed_images: list[CompressedImage] | None,
-        watch: _Provenance | None,
+        prompt: ImagePrompt,
+        cache: LogicalCache | None,
+        provenance: _Provenance | None,
         images_alone: bool,
         **kwargs: Any,
     ) -> CompressedModelOutputWithPast:
-        device, before = inputs_embeds.device, cache.logical_length
-        batch_size, num_columns = inputs_embeds.shape[:2]
-        largest = positions.amax(0)
-        visual = columns.visual
-        rank = (visual.flatten().cumsum(0) - 1).view_as(visual)  # of a visual token among those of all images
-        outputs, ran = [], []
-        for step in plan_passes(columns, run_images=compressed_images is None):
+        """Pass by pass: text, V and Z of each row's next image; V's keys and values go; then what follows.
+
+        Args:
+            cache: what came before; `None`: the passes have a cache of their own.
+            images_alone: leave out the pass after the last images.
+        """
+        if self.training and checkpoints_activations(self):
+            raise ValueError(
+                "Gradient checkpointing needs the masked pass, which this attention kernel can't run: load the "
+                "model with attn_implementation='sdpa'."
+            )
+        if cache is None:
+            cache = LogicalCache(DynamicCache(config=self.config.text_config))
+        passes = _Passes(self, prompt, cache, provenance, kwargs)
+        for step in plan_passes(prompt.columns, run_images=prompt.compressed_images is None):
             if images_alone and len(step.images) == 0:
                 continue
             if step.columns.shape[1]:
-                there = step.columns.to(device)
-                index = there.clamp(min=0)
-                source = torch.where(there < 0, -1, there + before)
-                has_gaps = cache.has_gaps or step.has_gaps
-                mask = None
-                if has_gaps:
-                    known = source if cache.source is None else torch.cat([cache.source.to(device), source], dim=1)
-                    mask = (known >= 0).long()
-                inner, kept = cache.inner, torch.arange(there.shape[1], device=device).expand(batch_size, -1)
-                past = cache.physical_length
-                if step.kept is not None:
-                    kept = step.kept.to(device)
-                    inner = EvictingCache(cache.inner, past, kept)
-                if encoded.deepstack:
-                    at_visual = visual.gather(1, step.columns.clamp(min=0)) & (step.columns >= 0)
-                    chosen = rank.gather(1, step.columns.clamp(min=0))[at_visual].to(device)
-                    kwargs["visual_pos_masks"] = at_visual.to(device)
-                    kwargs["deepstack_visual_embeds"] = [layer[chosen] for layer in encoded.deepstack]
-                with watch.over(step) if watch is not None else nullcontext():
-                    outputs.append(
-                        self._run_language_model(
-                            inputs_embeds.gather(1, index[..., None].expand(-1, -1, inputs_embeds.shape[-1])),
-                            mask,
-                            positions.gather(2, index.expand(len(positions), -1, -1)),
-                            inner,
-                            past,
-                            **kwargs,
-                        )
-                    )
-                ran.append(there)
-                stays = kept.clamp(min=0)
-                cache.extend(
-                    torch.where(kept < 0, -1, source.gather(1, stays)),
-                    largest.gather(1, index).gather(1, stays),
-                    has_gaps=has_gaps or bool(step.kept is not None and (step.kept < 0).any()),
-                )
-            if compressed_images is not None and len(step.images):
-                self._insert(compressed_images, step.images, columns, positions, cache, before)
-        cache.logical_length = before + num_columns
+                passes.run(step)
+            if prompt.compressed_images is not None and len(step.images):
+                passes.insert(prompt.compressed_images, step.images)
+        return passes.finish()
 
-        width = inputs_embeds.shape[-1]
-        spill = torch.cat([torch.where(there < 0, num_columns, there) for there in ran], dim=1)[..., None]
-
-        def in_columns(pieces: list[torch.Tensor]) -> torch.Tensor:
-            """(batch, columns, width), zeros where nothing ran."""
-            whole = inputs_embeds.new_zeros(batch_size, num_columns + 1, width)
-            return whole.scatter(1, spill.expand(-1, -1, width), torch.cat(pieces, dim=1))[:, :num_columns]
-
-        hidden_states = None
-        if outputs[0].hidden_states is not None:
-            hidden_states = tuple(in_columns(list(layer)) for layer in zip(*(o.hidden_states for o in outputs)))
+    def _add_images(
+        self,
+        output: CompressedModelOutputWithPast,
+        prompt: ImagePrompt,
+        cache: LogicalCache | None,
+        provenance: _Provenance | None,
+    ) -> CompressedModelOutputWithPast:
+        """The output with the cache that the caller asked for, and what the images became."""
+        hidden: Any = output.last_hidden_state
+        rows, places = prompt.columns.rows[:, None], prompt.columns.columns_of(compressed=True)
         return CompressedModelOutputWithPast(
-            last_hidden_state=in_columns([output.last_hidden_state for output in outputs]),
-            **cache_argument(cache),
-            hidden_states=hidden_states,
-            attentions=outputs[-1].attentions,
+            **fields_with_cache(output, cache),
+            **image_fields(hidden[rows.to(hidden.device), places.to(hidden.device)].unbind()),
+            compression=provenance.result() if provenance is not None else None,
         )
 
     # Images that were compressed before
+
+    def _read_compressed(
+        self, cache: LogicalCache, prompt: ImagePrompt, input_ids: torch.Tensor
+    ) -> list[CompressedImage]:
+        """Takes the keys and values of Z out of the cache, one [`CompressedImage`] an image."""
+        columns, grids = prompt.columns, prompt.encoded.grids
+        source: Any = cache.source
+        places = columns.columns_of(compressed=True).to(source.device)
+        rows = columns.rows.to(places.device)
+        # Where each compressed token's column lies among the entries.
+        entries = (source[rows][:, None] == places[..., None]).long().argmax(-1)
+        found: list[CompressedImage] = []
+        before: dict[int, str] = {}  # row → digest of its image before
+        for image, (row, first) in enumerate(zip(columns.rows.tolist(), columns.first.tolist())):
+            keys, values = (
+                torch.stack([getattr(layer, name)[row][:, entries[image]] for layer in cache.layers])
+                for name in ("keys", "values")
+            )
+            prefix = input_ids[row, :first].cpu()
+            made = CompressedImage(
+                method=self.config.compression.method,
+                num_placeholders=int(columns.lengths[image]) + columns.num_compressed,
+                keys=keys,
+                values=values,
+                prefix=prefix[columns.present[row, :first]],
+                before=before.get(row, ""),
+                grid=None if grids is None else tuple(grids[image].tolist()),
+            )
+            before[row] = made.digest
+            found.append(made)
+        return found
 
     def _take_compressed(
         self, images: list[CompressedImage], cache: LogicalCache | None, num_compressed: int
@@ -360,14 +355,8 @@ class ETCModelMixin(PlacedModelMixin):
             raise ValueError("Compressed images live in the cache: leave use_cache=False out.")
         if cache.logical_length:
             raise ValueError("A compressed image goes with the text before it: start without a cache.")
-        text = self.config.text_config
         for image in images:
-            fits = image.keys is not None and (image.grid is not None) == ("image_grid_thw" in self.visual_inputs)
-            if fits:
-                layers, heads, _, width = image.keys.shape
-                attention = self.language_model.layers[0].self_attn
-                fits = (layers, heads, width) == (text.num_hidden_layers, text.num_key_value_heads, attention.head_dim)
-            image.require(method, fits)
+            image.require(method, self._fits(image))
             if image.num_tokens != num_compressed:
                 raise ValueError(
                     f"The image was compressed to {image.num_tokens} token(s), the model is set to {num_compressed}: "
@@ -377,47 +366,160 @@ class ETCModelMixin(PlacedModelMixin):
         lengths = [image.num_placeholders - num_compressed for image in images]
         return VisualTokens(self.compressor.embeddings[:0], lengths, grids=grids)
 
+    def _fits(self, image: CompressedImage) -> bool:
+        """Whether the image's keys are of this model's shape, and its grid is given where positions need it."""
+        if image.keys is None or (image.grid is not None) != ("image_grid_thw" in self.visual_inputs):
+            return False
+        text = self.config.text_config
+        head_width = self.language_model.layers[0].self_attn.head_dim
+        layers, heads, _, width = image.keys.shape
+        return (layers, heads, width) == (text.num_hidden_layers, text.num_key_value_heads, head_width)
+
     def _check_prefixes(
         self, images: list[CompressedImage], columns: ImageColumns, input_ids: torch.Tensor | None
     ) -> None:
         if input_ids is None:
             raise ValueError("compressed_images need input_ids: they go with the very text before them.")
-        ids, before = input_ids.cpu(), {}
+        ids = input_ids.cpu()
+        before: dict[int, str] = {}
         for image, row, first in zip(images, columns.rows.tolist(), columns.first.tolist()):
+            prefix: Any = image.prefix
             text = ids[row, :first][columns.present[row, :first]]
-            if not torch.equal(text, image.prefix.cpu()) or image.before != before.get(row, ""):
+            if not torch.equal(text, prefix.cpu()) or image.before != before.get(row, ""):
                 raise ValueError(
                     "An image was compressed after other text, or other images, than what stands before it now: "
                     "compress it after the same, or ask with the same beginning."
                 )
             before[row] = image.digest
 
-    def _insert(
+
+class _Passes:
+    """The plain causal passes of one prompt: what they have read so far, and the cache that grows with them.
+
+    Args:
+        model: the model without a head.
+        prompt: what to read.
+        cache: grows by what stays of every pass.
+        provenance: watches the passes, if it is wanted.
+        kwargs: for the language model.
+    """
+
+    def __init__(
         self,
-        images: list[CompressedImage],
-        chosen: torch.Tensor,
-        columns: ImageColumns,
-        positions: torch.Tensor,
+        model: Any,
+        prompt: ImagePrompt,
         cache: LogicalCache,
-        before: int,
-    ) -> None:
-        """Puts the keys and values of compressed images, at most one a row, at the end of the cache."""
-        device, rows = positions.device, columns.rows[chosen]
-        batch_size, num_compressed, past = positions.shape[1], columns.num_compressed, cache.physical_length
-        for layer in range(self.config.text_config.num_hidden_layers):
+        provenance: _Provenance | None,
+        kwargs: dict[str, Any],
+    ):
+        self.model, self.prompt, self.cache, self.provenance, self.kwargs = model, prompt, cache, provenance, kwargs
+        self.columns_before = cache.logical_length
+        self.largest_positions = prompt.positions.amax(0)  # (batch, columns)
+        self.outputs: list[Any] = []
+        self.columns: list[torch.Tensor] = []  # of every pass so far: (batch, width), −1 for padding
+
+    def run(self, step: Pass) -> None:
+        """Reads a pass; its visual tokens' keys and values are gone when it ends."""
+        prompt, cache = self.prompt, self.cache
+        columns = step.columns.to(prompt.inputs_embeds.device)
+        index = columns.clamp(min=0)
+        source = self._source_of(columns)
+        has_gaps = cache.has_gaps or step.has_gaps
+        past, inner, kept = cache.physical_length, cache.inner, None
+        if step.kept is not None:
+            kept = step.kept.to(columns.device)
+            inner = EvictingCache(cache.inner, past, kept)
+        with self.provenance.over(step) if self.provenance is not None else nullcontext():
+            output = self.model._run_language_model(
+                prompt.inputs_embeds.gather(1, index[..., None].expand(-1, -1, prompt.inputs_embeds.shape[-1])),
+                self._mask(source) if has_gaps else None,
+                prompt.positions.gather(2, index.expand(len(prompt.positions), -1, -1)),
+                inner,
+                past,
+                **self.kwargs,
+                **self._deepstack(step),
+            )
+        self.outputs.append(output)
+        self.columns.append(columns)
+        positions = self.largest_positions.gather(1, index)
+        if kept is not None:
+            source, positions = take_entries(source, kept, padding=-1), positions.gather(1, kept.clamp(min=0))
+            has_gaps = has_gaps or bool((kept < 0).any())
+        cache.extend(source, positions, has_gaps=has_gaps)
+
+    def insert(self, images: list[CompressedImage], chosen: torch.Tensor) -> None:
+        """Puts the keys and values of images that were compressed before at the end of the cache.
+
+        Args:
+            images: all of the prompt.
+            chosen: indices of those to insert, at most one a row.
+        """
+        columns, positions, past = self.prompt.columns, self.largest_positions, self.cache.physical_length
+        device, batch_size = positions.device, len(positions)
+        rows = columns.rows[chosen]
+        for layer in range(self.model.config.text_config.num_hidden_layers):
             states = []
             for name in ("keys", "values"):
                 found = torch.stack([getattr(images[image], name)[layer] for image in chosen.tolist()])
-                found = found.to(device, self.dtype)
+                found = found.to(device, self.model.dtype)
                 whole = found.new_zeros(batch_size, *found.shape[1:])
                 whole[rows.to(device)] = found
                 states.append(whole)
-            write_to_cache(cache.inner, *states, layer, past)
-        places = torch.full((batch_size, num_compressed), -1)
+            write_to_cache(self.cache.inner, states[0], states[1], layer, past)
+        places = torch.full((batch_size, columns.num_compressed), -1)
         places[rows] = columns.columns_of(compressed=True)[chosen]
         places = places.to(device)
-        at = positions.amax(0).gather(1, places.clamp(min=0))
-        cache.extend(torch.where(places < 0, -1, places + before), at, has_gaps=len(chosen) < batch_size)
+        self.cache.extend(
+            self._source_of(places), positions.gather(1, places.clamp(min=0)), has_gaps=len(chosen) < batch_size
+        )
+
+    def finish(self) -> CompressedModelOutputWithPast:
+        """The output of all passes, in the caller's columns."""
+        self.cache.logical_length = self.columns_before + self.prompt.inputs_embeds.shape[1]
+        hidden_states: Any = None
+        if self.outputs[0].hidden_states is not None:
+            layers = zip(*(output.hidden_states for output in self.outputs))
+            hidden_states = tuple(self._in_columns(list(layer)) for layer in layers)
+        whole: Any = self._in_columns([output.last_hidden_state for output in self.outputs])
+        cache: dict[str, Any] = cache_argument(self.cache)
+        return CompressedModelOutputWithPast(
+            last_hidden_state=whole,
+            **cache,
+            hidden_states=hidden_states,
+            attentions=self.outputs[-1].attentions,
+        )
+
+    def _source_of(self, columns: torch.Tensor) -> torch.Tensor:
+        """Columns of this call, −1 for padding → what [`LogicalCache`] calls them, in all calls so far."""
+        return torch.where(columns < 0, -1, columns + self.columns_before)
+
+    def _mask(self, source: torch.Tensor) -> torch.Tensor:
+        """(batch, cached + new): 1 where there is a token."""
+        known = self.cache.source
+        return ((source if known is None else torch.cat([known.to(source.device), source], dim=1)) >= 0).long()
+
+    def _deepstack(self, step: Pass) -> dict[str, Any]:
+        """What DeepStack adds in a pass, as the language model takes it; nothing for models without."""
+        deepstack = self.prompt.encoded.deepstack
+        if not deepstack:
+            return {}
+        device, visual = self.prompt.inputs_embeds.device, self.prompt.columns.visual
+        rank = (visual.flatten().cumsum(0) - 1).view_as(visual)  # of a visual token among those of all images
+        index = step.columns.clamp(min=0)
+        at_visual = visual.gather(1, index) & (step.columns >= 0)
+        chosen = rank.gather(1, index)[at_visual].to(device)
+        return {
+            "visual_pos_masks": at_visual.to(device),
+            "deepstack_visual_embeds": [layer[chosen] for layer in deepstack],
+        }
+
+    def _in_columns(self, pieces: list[torch.Tensor]) -> torch.Tensor:
+        """What the passes give, (batch, width of the pass, width) each → (batch, columns, width), zeros where nothing
+        ran."""
+        batch_size, num_columns, width = self.prompt.inputs_embeds.shape
+        spill = torch.cat([torch.where(at < 0, num_columns, at) for at in self.columns], dim=1)[..., None]
+        whole = self.prompt.inputs_embeds.new_zeros(batch_size, num_columns + 1, width)
+        return whole.scatter(1, spill.expand(-1, -1, width), torch.cat(pieces, dim=1))[:, :num_columns]
 
 
 class _Provenance:
@@ -458,7 +560,9 @@ class _Provenance:
     def result(self) -> list[TokenProvenance]:
         roles = torch.zeros(self.columns.num_compressed, dtype=torch.int64, device=self.weights.device)
         lengths = self.columns.lengths.tolist()
-        return [TokenProvenance(found[:, :n], roles, ROLE_NAMES) for found, n in zip(self.weights, lengths)]
+        return [
+            TokenProvenance(found[:, :n], roles, ETCModelMixin.role_names) for found, n in zip(self.weights, lengths)
+        ]
 
 
 METHOD = Method(
@@ -473,6 +577,8 @@ METHOD = Method(
     backbones=("llava", "qwen3_vl"),
     needs_training=True,
     equals_stock=False,
+    differs_by_question_type=True,
+    objective="auxiliary",
     summary=(
         "The language model reads the whole image and, right after it, a few learned tokens that take up what matters. "
         "The text that follows sees those tokens alone, and the image's own keys and values are freed, so that the "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from foveate.modeling.core.positions import grid_positions
+from foveate.modeling.core.deferred import grid_positions
 
 
 class CompressedTokens(nn.Module):
@@ -180,6 +180,11 @@ def push_right(chosen: torch.Tensor) -> torch.Tensor:
     width = int(chosen.sum(1).max())
     order = chosen.to(torch.int8).argsort(dim=1, stable=True)[:, chosen.shape[1] - width :]
     return torch.where(chosen.gather(1, order), order, -1)
+
+
+def take_entries(values: torch.Tensor, index: torch.Tensor, padding: int) -> torch.Tensor:
+    """(batch, entries) → (batch, taken): the values at an index, `padding` where that is −1."""
+    return values.gather(1, index.clamp(min=0)).masked_fill(index < 0, padding)
 
 
 def positions_on_grids(columns: ImageColumns, grids: torch.Tensor) -> torch.Tensor:

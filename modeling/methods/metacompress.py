@@ -109,6 +109,7 @@ METHOD = Method(
     settings=MetaCompressSettings,
     backbones=("llava", "llava_next"),
     needs_training=True,
+    objective="distillation",
     summary=(
         "A small module makes a compression matrix of an image's own visual tokens, however many there are. The "
         "tokens that are left are mixtures of them, and because nothing reads the prompt they serve every turn of a "

@@ -24,9 +24,6 @@ from foveate.modeling.methods.meteor_algorithm import (
 )
 
 
-ROLE_NAMES = ("discarded", "kept", "between slices")
-
-
 class MeteorModelMixin(PromptAgnosticModelMixin):
     """Views in place of pictures, of which the important patches go to the projector.
 
@@ -34,6 +31,7 @@ class MeteorModelMixin(PromptAgnosticModelMixin):
         native_warmup: share of the native expert's weight 1 − λ that it has by now, from 0 to 1; training raises it.
     """
 
+    role_names = ("discarded", "kept", "between slices")
     added_modules = ("compressor",)
     own_modules = (FlashGlobalFusion,)
     visual_inputs = ("pixel_values", "image_sizes")
@@ -122,7 +120,7 @@ class MeteorModelMixin(PromptAgnosticModelMixin):
                 (name, torch.cat([score[index, : layout.lengths[index]] for index in views]))
                 for name, score in scores.items()
             )
-            found.append(TokenProvenance(weights, 1 + is_separator.long(), ROLE_NAMES, scores=of_image))
+            found.append(TokenProvenance(weights, 1 + is_separator.long(), self.role_names, scores=of_image))
             first_view += grid.num_views
         return found
 
@@ -140,6 +138,7 @@ METHOD = Method(
     needs_training=True,
     equals_stock=False,
     cuts_images=True,
+    objective="native_warmup_steps",
     summary=(
         "An image is seen as a whole and, where it is larger than a view, in slices besides. Two state space blocks "
         "let the patches of a view know of each other in linear time. Of every view, the patches that the class token "

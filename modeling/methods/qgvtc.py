@@ -17,9 +17,6 @@ from foveate.modeling.layers.crops import Crops
 from foveate.modeling.methods.qgvtc_algorithm import EncodedCrops, encode_crops
 
 
-ROLE_NAMES = ("discarded", "kept by the question", "kept by the class token", "end of a row")
-
-
 class QuestionProjector(nn.Module):
     """The MLP that takes the question into the vision tower's space, the only new trained module of the encoder."""
 
@@ -37,6 +34,7 @@ class QuestionProjector(nn.Module):
 class QGVTCModelMixin(ExactModelMixin):
     """The vision tower of the stock model is read layer by layer, and guided."""
 
+    role_names = ("discarded", "kept by the question", "kept by the class token", "end of a row")
     added_modules = ("question_encoder", "question_projector")
     guiding_inputs = ("question_input_ids", "question_attention_mask")
 
@@ -62,7 +60,7 @@ class QGVTCModelMixin(ExactModelMixin):
         if trace:
             role = 1 if self.config.compression.guidance == "question" else 2
             compressed.provenance = self.join_provenance(
-                crops, encoded.positions, encoded.weights, encoded.steps, role, ROLE_NAMES
+                crops, encoded.positions, encoded.weights, encoded.steps, role, self.role_names
             )
         return compressed
 

@@ -2,7 +2,7 @@
 by Text Information", https://arxiv.org/abs/2409.01179); its algorithm is in `recoverable_algorithm.py`.
 
 The processor writes a placeholder for every patch; how many tokens an image really has is known only after the vision
-tower, so the language model runs on fewer (`core/physical_sequence.py`, `core/cache.py`). Position ids count physical
+tower, so the language model runs on fewer (`core/deferred.py`, `core/cache.py`). Position ids count physical
 tokens, as the authors' code does.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache, CLIPTextModelWithProjection
 
+from foveate.configuration.attention import SLIDING, attention_kinds
 from foveate.configuration.recoverable import RecoverableSettings
 from foveate.modeling.compatibility import (
     cache_argument,
@@ -29,18 +30,14 @@ from foveate.modeling.compatibility import (
     without_cache_positions,
 )
 from foveate.modeling.core.declarations import Method
-from foveate.modeling.core.deferred import DeferredGenerationMixin, DeferredModelMixin
+from foveate.modeling.core.deferred import DeferredGenerationMixin, DeferredModelMixin, build_physical_sequence
 from foveate.modeling.core.outputs import CompressedModelOutputWithPast, Images, TokenProvenance, VisualTokens
-from foveate.modeling.core.physical_sequence import lay_out
 from foveate.modeling.methods.recoverable_algorithm import (
     TokenAssignment,
     assign_tokens,
     class_token_scores,
     text_similarity,
 )
-
-
-ROLE_NAMES = ("dropped", "kept by the visual filter", "recovered by the question", "merged")
 
 
 class RecoverableGenerationMixin(DeferredGenerationMixin):
@@ -62,6 +59,7 @@ class RecoverableGenerationMixin(DeferredGenerationMixin):
 class RecoverableModelMixin(DeferredModelMixin):
     """The question's text encoder and CLIP's visual projection beside the stock model."""
 
+    role_names = ("dropped", "kept by the visual filter", "recovered by the question", "merged")
     added_modules = ("question_encoder", "visual_projection")
     guiding_inputs = ("question_input_ids", "question_attention_mask")
 
@@ -83,7 +81,9 @@ class RecoverableModelMixin(DeferredModelMixin):
         tokens = self.multi_modal_projector(assignment.tokens(features))
         provenance = None
         if trace:
-            provenance = [TokenProvenance(weights, roles, ROLE_NAMES) for weights, roles in assignment.provenance()]
+            provenance = [
+                TokenProvenance(weights, roles, self.role_names) for weights, roles in assignment.provenance()
+            ]
         return VisualTokens(tokens, assignment.counts.tolist(), provenance=provenance)
 
     def assign_tokens(self, images: Images) -> tuple[torch.Tensor, TokenAssignment]:
@@ -186,9 +186,11 @@ class RecoverableModelMixin(DeferredModelMixin):
             tokens = compressed.tokens.to(embeds.device, embeds.dtype)
             embeds = embeds.masked_scatter(taken[..., None], tokens)
 
-        sequence = lay_out(embeds, present, logical, lengths)
+        sequence = build_physical_sequence(embeds, present, logical, lengths)
+        if sequence.has_gaps and SLIDING in attention_kinds(self.config.get_text_config()):
+            sequence.require_no_padding_between_tokens()
         past, length = 0 if logical is None else logical.physical_length, sequence.inputs_embeds.shape[1]
-        output = self.language_model(
+        output: Any = self.language_model(
             inputs_embeds=sequence.inputs_embeds,
             attention_mask=sequence.attention_mask,
             position_ids=sequence.position_ids,
@@ -199,7 +201,7 @@ class RecoverableModelMixin(DeferredModelMixin):
         )
         if logical is not None:
             logical.append(sequence.source, num_columns, sequence.has_gaps)
-        output: Any = CompressedModelOutputWithPast(
+        output = CompressedModelOutputWithPast(
             **fields_with_cache(output, logical),
             **image_fields(None if compressed is None else compressed.tokens.split(compressed.lengths)),
             compression=None if compressed is None else compressed.provenance,

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from foveate import convert
 from foveate.configuration.tested_versions import TESTED_TRANSFORMERS, untested_sentence
 
-from ..conversion.tiny_checkpoints import write_llava
+from ..helpers.tiny_checkpoints import write_llava
 
 
 LAST = TESTED_TRANSFORMERS[-1]

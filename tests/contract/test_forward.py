@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate.modeling.compatibility import TRANSFORMERS_5, cache_of, visual_tokens_of
 
+from ..helpers.batches import ROWS, Row, images_in, picture, prompt_for
 from ..helpers.checkpointing import checkpoint_activations
-from .conftest import ROWS, Row, images_in, picture, prompt_for
 
 
 pytestmark = pytest.mark.contract_core

@@ -9,8 +9,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from foveate.modeling.compatibility import CACHE, cache_argument, cache_of
 
-from ..conversion.tiny_checkpoints import IMAGE_TOKEN_ID
-from .conftest import ROWS, Row, images_in, picture, prompt_for
+from ..helpers.batches import ROWS, Row, images_in, picture, prompt_for
+from ..helpers.tiny_checkpoints import IMAGE_TOKEN_ID
 
 
 pytestmark = pytest.mark.contract_core

@@ -15,7 +15,7 @@ from foveate import convert
 
 from ..conftest import SETTINGS, chosen_classes, pair_id
 from ..helpers import deprecations
-from .conftest import ROWS, prompt_for
+from ..helpers.batches import ROWS, prompt_for
 
 
 pytestmark = [pytest.mark.contract_core, pytest.mark.one_process]

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from foveate.conversion.upgrade import upgrade
-from foveate.hub_cards.verify import verify
+from foveate.conversion.verify import verify
 
 from ..conftest import CLASSES
 from ..helpers.released_checkpoints import ANSWERS, PAIRS, SOURCE, assemble

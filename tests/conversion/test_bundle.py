@@ -12,7 +12,7 @@ from foveate.conversion.bundle import bundle_files, entry_modules, flat_name, wr
 from foveate.errors import FoveateError
 from foveate.registry import pairs
 
-from .trust import offences
+from ..helpers.remote_code import forbidden_uses
 
 
 CONFIG_CLASSES = [backbone.config_class for backbone in pairs()]
@@ -37,11 +37,6 @@ ALLOWED = {
     "the user saves the processor",
     ("processing_question", "QuestionProcessorMixin._load_question_tokenizer", "from_pretrained"): "the second "
     "tokenizer, from where the user loads the processor",
-    (
-        "modeling_compatibility",
-        "",
-        "transformers passed around",
-    ): "`getattr` of a class that 4.57 alone has, by its name",
     ("modeling_core_loading", "", "cached_file"): "imported for the next",
     (
         "modeling_core_loading",
@@ -131,7 +126,7 @@ class TestTheBundleOfEveryModel:
 
     def test_reaches_no_network_writes_no_file_and_runs_no_other_code(self, config_class):
         for name, code in bundle_files(config_class).items():
-            for (scope, what), line in offences(code.decode()).items():
+            for (scope, what), line in forbidden_uses(code.decode()).items():
                 assert (name.removesuffix(".py"), scope, what) in ALLOWED, f"{name}, line {line}: {what}"
 
     def test_has_the_same_bytes_each_time(self, config_class, tmp_path):
@@ -145,12 +140,14 @@ class TestTheBundleOfEveryModel:
 
 def test_nothing_is_allowed_that_is_not_there():
     files = {name: code for config_class in CONFIG_CLASSES for name, code in bundle_files(config_class).items()}
-    found = {(name.removesuffix(".py"), *place) for name, code in files.items() for place in offences(code.decode())}
+    found = {
+        (name.removesuffix(".py"), *place) for name, code in files.items() for place in forbidden_uses(code.decode())
+    }
     assert found >= ALLOWED.keys()
 
 
 @pytest.mark.parametrize(
-    ("source", "offence"),
+    ("source", "use"),
     [
         ("import subprocess", "import subprocess"),
         ("def f():\n    import socket", "import socket"),
@@ -201,8 +198,8 @@ def test_nothing_is_allowed_that_is_not_there():
         ("class A:\n    def f(self):\n        self.model.push_to_hub('x')", "push_to_hub"),
     ],
 )
-def test_what_a_bundle_must_not_do_is_found(source, offence):
-    assert offence in {what for _, what in offences(source)}
+def test_what_a_bundle_must_not_do_is_found(source, use):
+    assert use in {what for _, what in forbidden_uses(source)}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +216,7 @@ def test_what_a_bundle_must_not_do_is_found(source, offence):
     ],
 )
 def test_what_a_bundle_may_do_is_not(source):
-    assert not offences(source)
+    assert not forbidden_uses(source)
 
 
 def test_nothing_but_the_place_of_an_import_changes(house, flat):

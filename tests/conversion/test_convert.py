@@ -7,8 +7,6 @@ import os
 import pickle
 import shutil
 import stat
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -25,7 +23,7 @@ from foveate.conversion.convert import convert
 from foveate.conversion.file_copy import copy_file, copy_files
 from foveate.errors import FoveateError
 
-from .tiny_checkpoints import split_in_shards, write_clip, write_llava
+from ..helpers.tiny_checkpoints import split_in_shards, write_clip, write_llava
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use_fast.*")
@@ -101,11 +99,9 @@ class TestAConvertedCheckpoint:
         sizes = (tensor.nbytes for path in files for tensor in load_file(path).values())
         assert index["metadata"]["total_size"] == sum(sizes)
 
-    @pytest.mark.parametrize("piece_bytes", [1 << 22, 24])  # the second is not a whole share of any tensor's
-    def test_holds_the_text_encoder_under_new_names_in_the_dtype_of_the_base(
-        self, piece_bytes, base, clip, out, monkeypatch
-    ):
-        monkeypatch.setattr(stored_weights, "_PIECE_BYTES", piece_bytes)
+    @pytest.mark.parametrize("piece", [1 << 21, 7])  # the second is not a whole share of any tensor's values
+    def test_holds_the_text_encoder_under_new_names_in_the_dtype_of_the_base(self, piece, base, clip, out, monkeypatch):
+        monkeypatch.setattr(stored_weights, "_PIECE", piece)
         convert(base, out, text_encoder=clip)
         new = load_file(max(out.glob("*.safetensors")))
         source = load_file(clip / "model.safetensors")
@@ -218,7 +214,7 @@ class TestABaseOnTheHub:
 
 
 def test_a_base_of_the_lab_goes_with_the_text_encoder_of_the_lab(base, clip, out, monkeypatch):
-    monkeypatch.setattr(checkpoints, "lab_folder", {"tiny-llava": base, "tiny-clip": clip}.__getitem__)
+    monkeypatch.setattr(checkpoints, "shipped_folder", {"tiny-llava": base, "tiny-clip": clip}.__getitem__)
     convert("lab:tiny-llava", out)
     assert "visual_projection.weight" in stored_keys(out)
 
@@ -578,41 +574,3 @@ class TestCopies:
             (tmp_path / name).write_text(name)
         with pytest.raises(FileExistsError):
             copy_file(tmp_path / "source", tmp_path / "target")
-
-
-def all_below(folder: Path) -> list[Path]:
-    """Also while it changes, when `rglob` fails."""
-    return sorted(Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files))
-
-
-class TestAKilledConversion:
-    """By SIGKILL, which no process can handle."""
-
-    SCRIPT = """
-import sys, time
-from pathlib import Path
-from foveate.conversion.atomic_folder import atomic_folder
-out, pause = Path(sys.argv[1]), float(sys.argv[2])
-print("started", flush=True)
-with atomic_folder(out, 1) as folder:
-    for index in range(20):
-        (folder / f"{index}.json").write_text("{}")
-        time.sleep(pause)
-print("done", flush=True)
-time.sleep(60)
-"""
-
-    @pytest.mark.parametrize("moment", [0, 1, 3, 7, 12, 19, 25])
-    def test_leaves_nothing_or_the_whole(self, moment, tmp_path):
-        pause = 0.01
-        out = tmp_path / "above" / "out"
-        command = [sys.executable, "-c", self.SCRIPT, str(out), str(pause)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout.readline() == "started\n"
-            time.sleep(moment * pause)
-            process.kill()
-        nothing, whole = [], [out.parent, out, *(out / f"{index}.json" for index in range(20))]
-        deadline = time.monotonic() + 20
-        while (left := all_below(tmp_path)) not in (nothing, sorted(whole)) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert left in (nothing, sorted(whole))

@@ -8,7 +8,7 @@ import torch
 from foveate.conversion.convert import convert
 from foveate.evaluation import demo, harness
 
-from ..conversion.tiny_checkpoints import write_clip, write_llava
+from ..helpers.tiny_checkpoints import write_clip, write_llava
 
 
 @pytest.fixture(scope="session")

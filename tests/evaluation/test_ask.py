@@ -12,9 +12,9 @@ from foveate.evaluation.ask import ask, kv_bytes_by_account, open_image
 from foveate.evaluation.harness import evaluate, open_checkpoint
 from foveate.lab.large_scenes import draw_large_scene
 from foveate.lab.scenes import draw_scene, sample_scene
-from foveate.modeling.methods.qgvtc import ROLE_NAMES
+from foveate.modeling.methods.qgvtc import QGVTCModelMixin
 
-from ..conversion.tiny_checkpoints import write_clip, write_llava, write_llava_next
+from ..helpers.tiny_checkpoints import write_clip, write_llava, write_llava_next
 
 
 QUESTION = "what colour is it"
@@ -109,7 +109,7 @@ class TestWhereTheNumberOfTokensIsKnown:
         assert [caption.partition(":")[0] for caption in captions[-2:]] == ["layer 0", "layer 1"]
         for legend, asked_tokens in zip(legends, (found.visual_tokens_before, found.visual_tokens_after)):
             assert sum(int(text.split()[-2]) for text in legend if "token" in text.split()[-1]) == asked_tokens
-        assert legends[1][0].startswith(ROLE_NAMES[1])
+        assert legends[1][0].startswith(QGVTCModelMixin.role_names[1])
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from foveate.evaluation import demo
 
-from ..foveate.test_cli import assert_refused
+from ..helpers.command import assert_refused
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -73,7 +73,9 @@ def test_a_picture_that_is_not_there_is_refused_before_anything_is_made(tmp_path
 
 
 @pytest.mark.parametrize("fast", ["bfloat16", "float32"])
-def test_the_stranger_computes_in_what_the_processor_is_fast_in(fast, devices, tmp_path, monkeypatch, capfd):
+def test_the_process_without_foveate_computes_in_what_the_processor_is_fast_in(
+    fast, devices, tmp_path, monkeypatch, capfd
+):
     run = subprocess.run
 
     def run_and_say_the_dtype(command, **options):

@@ -38,7 +38,7 @@ from foveate.modeling.core.account import (
 from foveate.modeling.layers import selective_scan
 from foveate.registry import METHODS
 
-from ..contract.conftest import prompt_for
+from ..helpers.batches import prompt_for
 from ..helpers.closed_forms import closed_forms
 
 

@@ -10,15 +10,18 @@ from collections import Counter
 import pytest
 import torch
 
+from benchmarks.compression import Shapes, benchmark
 from foveate.cli import parse_settings
 from foveate.conversion.checkpoints import declared_dtype, read_shards
 from foveate.errors import FoveateError
 from foveate.evaluation import harness
-from foveate.evaluation.benchmark_compression import Shapes, benchmark
-from foveate.evaluation.harness import TASKS, evaluate, lab_dialogues, lab_questions, open_checkpoint
+from foveate.evaluation.harness import evaluate, open_checkpoint
 from foveate.evaluation.metrics import wilson_interval
 from foveate.evaluation.results import write_results
+from foveate.evaluation.tasks import all_tasks, find_task
+from foveate.lab import tasks
 from foveate.lab.scenes import QUESTION_TYPES
+from foveate.lab.tasks import lab_dialogues, lab_questions
 
 
 def quietly(checkpoint, *args, **kwargs) -> dict:
@@ -63,15 +66,15 @@ class TestTheQuestions:
 
     def test_scenes_are_the_test_splits(self, monkeypatch):
         splits = []
-        sample = harness.sample_scene
+        sample = tasks.sample_scene
         monkeypatch.setattr(
-            harness, "sample_scene", lambda split, *a, **k: splits.append(split) or sample(split, *a, **k)
+            tasks, "sample_scene", lambda split, *a, **k: splits.append(split) or sample(split, *a, **k)
         )
         list(lab_questions(2, 0)), list(lab_dialogues(2, 0))
         assert set(splits) == {"test"}
 
     def test_the_default_numbers(self):
-        numbers = {name: task.num_examples for name, task in TASKS.items()}
+        numbers = {name: task.num_examples for name, task in all_tasks().items()}
         assert numbers == {
             "lab-vqa": 1200,
             "lab-dialogue": 1000,
@@ -121,7 +124,7 @@ class TestAResult:
         for name in ("base", "compressed"):
             result = quietly(checkpoints / name, "lab-vqa-blind", limit=6)
             assert result["mean_visual_tokens"] == result["base_visual_tokens"] == 0
-        asked, blind = (list(TASKS[name].examples(6, 0)) for name in ("lab-vqa", "lab-vqa-blind"))
+        asked, blind = (list(find_task(name).examples(6, 0)) for name in ("lab-vqa", "lab-vqa-blind"))
         assert [example.turns for example in asked] == [example.turns for example in blind]
         assert all(example.image is None for example in blind)
 
@@ -300,6 +303,11 @@ class TestThePageOfResults:
         assert "| accuracy | 0.9877 |" in page and "| late: steps | 1600 |" in page
         assert "](results/lab-vqa.png)" in page
         assert "have variant=official" in page  # what all rows share is said once
+
+    def test_begins_with_the_introduction_that_lies_beside_the_results(self, folder, tmp_path):
+        (folder / "introduction.md").write_text("Scenes are drawn.\n")
+        write_results(folder, tmp_path / "RESULTS.md")
+        assert "95 % (Wilson). Scenes are drawn.\n\n## lab-vqa" in (tmp_path / "RESULTS.md").read_text()
 
     def test_pools_the_seeds_of_a_row(self, checkpoints, folder, tmp_path):
         quietly(checkpoints / "base", limit=6, seed=1, output=folder / "base-1.json")

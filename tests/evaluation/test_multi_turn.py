@@ -11,7 +11,7 @@ import torch
 from foveate.conversion.convert import convert
 from foveate.errors import FoveateError
 from foveate.evaluation import harness
-from foveate.evaluation.harness import TASKS, evaluate, lab_dialogues, open_checkpoint
+from foveate.evaluation.harness import evaluate, open_checkpoint
 from foveate.evaluation.multi_turn import CachedTurns
 from foveate.evaluation.published_dialogues import (
     GQA_QUESTIONS,
@@ -22,7 +22,9 @@ from foveate.evaluation.published_dialogues import (
     mt_vqa_v2,
 )
 from foveate.evaluation.results import read_results, table, write_results
+from foveate.evaluation.tasks import find_task
 from foveate.lab.scenes import draw_scene, sample_scene
+from foveate.lab.tasks import lab_dialogues
 from foveate.modeling.compatibility import CACHE, cache_argument, cache_of
 
 
@@ -296,7 +298,7 @@ def ask(monkeypatch):
         generate = model_class.generate
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model_class, "generate", lambda self, **kw: given.append(kw) or generate(self, **kw))
-            harness._ask_batch(checkpoint, TASKS["lab-dialogue"], examples, harness._Tally(), reuse_cache)
+            harness._ask_batch(checkpoint, find_task("lab-dialogue"), examples, harness._Tally(), reuse_cache)
         return list(answers)
 
     run.given = given

@@ -15,18 +15,20 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from foveate.cli import _quiet, app, parse_settings
 from foveate.conversion import convert as convert_module
 from foveate.errors import FoveateError
 from foveate.evaluation import ask as ask_module
 from foveate.evaluation import harness
+from foveate.evaluation.examples import PictureSource
 from foveate.evaluation.harness import open_checkpoint
+from foveate.lab.pictures import PICTURES
 from foveate.lab.scenes import draw_scene, sample_scene
 from foveate.modeling.core.precision import dtype_name, fast_dtype
 
-from ..conversion.tiny_checkpoints import write_clip, write_llava
+from ..helpers.command import assert_refused, run
+from ..helpers.tiny_checkpoints import write_clip, write_llava
 
 
 QUESTION = "what colour is it"
@@ -60,22 +62,6 @@ def checkpoint(originals):
 @pytest.fixture(scope="module")
 def images():
     return [draw_scene(sample_scene("test", index)) for index in range(2)]
-
-
-def run(*words):
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def assert_refused(complaint: str, *words) -> None:
-    """One line on stderr, nothing on stdout, status 2, and nothing left in the current folder."""
-    before = sorted(os.listdir())
-    found = run(*words)
-    assert found.exit_code == 2, found.output
-    assert found.stdout == ""
-    assert found.stderr.startswith("foveate: ") and found.stderr.count("\n") == 1
-    assert complaint in found.stderr
-    assert "Traceback" not in found.output
-    assert sorted(os.listdir()) == before
 
 
 class TestCommands:
@@ -426,7 +412,7 @@ class TestOtherEnds:
         def fail(*_):
             raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
 
-        monkeypatch.setitem(ask_module.LAB_PICTURES, "lab", fail)
+        monkeypatch.setitem(PICTURES, "lab", PictureSource("scene", fail))
         assert_refused("pip install 'foveate[eval]'", "ask", originals / "compressed", "lab:0", QUESTION)
 
     def test_from_a_shell(self, originals, place):

@@ -15,7 +15,7 @@ import foveate
 from foveate.registration import StandIn
 from foveate.registry import ClassReference, pairs
 
-from ..conversion.tiny_checkpoints import write_llava
+from ..helpers.tiny_checkpoints import write_llava
 
 
 MODEL = "LlavaBaselineForConditionalGeneration"

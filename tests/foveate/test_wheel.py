@@ -14,8 +14,8 @@ import pytest
 
 from foveate.cli import app
 
-from ..conversion.test_original_llava import write_original
-from ..conversion.tiny_checkpoints import write_clip
+from ..helpers.original_checkpoints import write_original
+from ..helpers.tiny_checkpoints import write_clip
 
 
 pytestmark = pytest.mark.slow

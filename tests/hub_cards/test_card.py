@@ -20,7 +20,6 @@ from foveate.evaluation.shapes import SHAPES, config_of_shape
 from foveate.hub_cards import compression_table
 from foveate.hub_cards.card import PLACE, read_base_name, write_card
 from foveate.hub_cards.compression_table import image_sizes, table_of
-from foveate.hub_cards.method_texts import LIMITS, SUMMARIES
 from foveate.registry import METHODS, pairs_of
 
 
@@ -91,7 +90,7 @@ class TestTheText:
         write_card(folder, "org/base")
         card = (folder / "README.md").read_text()
         assert f"# org/base with {METHODS[method].title}" in card
-        assert METHODS[method].paper in card and SUMMARIES[method] in card
+        assert METHODS[method].paper in card and METHODS[method].summary in card
         assert ("It is untrained" in card) == METHODS[method].needs_training
         assert "{{" not in card and "{%" not in card and "None" not in card
         rows = re.findall(r"^\| (any|\d+x\d+) \|", card, re.MULTILINE)
@@ -99,10 +98,8 @@ class TestTheText:
         assert rows == ["any"] if one_size else len(set(rows)) == 3
 
     def test_of_every_method_is_three_sentences(self):
-        assert SUMMARIES.keys() == METHODS.keys() >= LIMITS.keys()
-        assert {name: len(re.findall(r"\.(?:\s|$)", text)) for name, text in SUMMARIES.items()} == dict.fromkeys(
-            METHODS, 3
-        )
+        sentences = {name: len(re.findall(r"\.(?:\s|$)", method.summary)) for name, method in METHODS.items()}
+        assert sentences == dict.fromkeys(METHODS, 3)
 
     def test_there_is_none_of_another_model(self, tmp_path):
         LlavaConfig().save_pretrained(tmp_path)

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from foveate import evaluate, lab_folder
+from foveate.conversion.shards import compose
 from foveate.lab.experiments import MEASUREMENTS
 from foveate.lab.scenes import draw_scene, sample_scene
-from foveate.lab.shards import compose
 from foveate.lab.trainings import RECIPES, Training, trained_shard
 
 

@@ -8,7 +8,7 @@ from foveate import convert
 from foveate.modeling.core.exact import Mixture
 from foveate.modeling.methods.metacompress import MetaCompressor, pool_sequence, sinusoidal_positions
 
-from ..conversion.tiny_checkpoints import write_llava, write_llava_next
+from ..helpers.tiny_checkpoints import write_llava, write_llava_next
 from . import reference_metacompress as reference
 
 

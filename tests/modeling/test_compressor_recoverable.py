@@ -142,7 +142,7 @@ def test_scores_are_the_equations():
     scores, similarity = class_token_scores(query, keys), text_similarity(query, keys)
     assert scores.shape == (2, 49) and similarity.shape == (2, 50)
     for i in range(2):
-        expected_scores = torch.as_tensor(reference.visual_scores(query[i].numpy(), keys[i].numpy()))
+        expected_scores = torch.as_tensor(reference.class_token_scores(query[i].numpy(), keys[i].numpy()))
         expected_similarity = torch.as_tensor(reference.text_similarity(query[i].numpy(), keys[i].numpy()))
         torch.testing.assert_close(scores[i].double(), expected_scores.double(), rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(similarity[i].double(), expected_similarity.double(), rtol=1e-5, atol=1e-7)

@@ -15,13 +15,13 @@ from foveate.modeling.compatibility import (
     cache_of,
     iterate_cache_tensors,
 )
-from foveate.modeling.core.positions import line_positions
+from foveate.modeling.core.deferred import line_positions
 from foveate.modeling.methods import etc as modeling_etc
 from foveate.modeling.methods.etc_algorithm import bottleneck_mask, locate_columns, plan_passes, positions_on_grids
 
-from ..contract.conftest import ROWS, Row, picture, prompt_for
-from ..conversion.tiny_checkpoints import write_llava, write_qwen3_vl
+from ..helpers.batches import ROWS, Row, picture, prompt_for
 from ..helpers.checkpointing import checkpoint_activations
+from ..helpers.tiny_checkpoints import write_llava, write_qwen3_vl
 
 
 M = 3

@@ -7,8 +7,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate import convert
 
-from ..contract.conftest import ROWS
-from ..conversion.tiny_checkpoints import IMAGE_TOKEN_ID, write_clip, write_llava, write_llava_next
+from ..helpers.batches import ROWS
+from ..helpers.tiny_checkpoints import IMAGE_TOKEN_ID, write_clip, write_llava, write_llava_next
 
 
 LENGTH = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": 9999, "suppress_tokens": [IMAGE_TOKEN_ID]}

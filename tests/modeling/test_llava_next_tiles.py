@@ -9,7 +9,7 @@ from foveate import convert
 from foveate.modeling.compatibility import visual_tokens_of
 from foveate.modeling.layers.tiles import tile_grid, tile_grid_of
 
-from ..conversion.tiny_checkpoints import write_clip, write_llava_next
+from ..helpers.tiny_checkpoints import write_clip, write_llava_next
 
 
 SIZES = [(60, 42), (42, 42), (30, 90), (100, 20), (84, 84), (13, 200)]  # height, width

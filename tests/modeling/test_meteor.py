@@ -16,8 +16,8 @@ from foveate.modeling.layers.slices import SliceGrid, SliceLayout, slice_grid_of
 from foveate.modeling.methods import meteor
 from foveate.modeling.methods.meteor_algorithm import FlashGlobalFusion, encode_views, local_means, native_scores
 
-from ..contract.conftest import picture
-from ..conversion.tiny_checkpoints import IMAGE_TOKEN_ID, write_llava
+from ..helpers.batches import picture
+from ..helpers.tiny_checkpoints import IMAGE_TOKEN_ID, write_llava
 
 
 pytestmark = pytest.mark.contract_core

@@ -5,8 +5,8 @@ import pytest
 from foveate import convert
 from foveate.registry import METHODS, pairs_of
 
-from ..contract.conftest import picture
-from ..conversion.tiny_checkpoints import write_clip, write_llava, write_llava_next
+from ..helpers.batches import picture
+from ..helpers.tiny_checkpoints import write_clip, write_llava, write_llava_next
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from foveate import convert
 from foveate.modeling.methods.metacompress import MetaCompressor
 
-from ..conversion.tiny_checkpoints import IMAGE_TOKEN_ID, write_llava_next
+from ..helpers.tiny_checkpoints import IMAGE_TOKEN_ID, write_llava_next
 
 
 WIDTHS, HEIGHTS = (20, 2000), (20, 300)

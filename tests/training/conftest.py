@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import TrainerCallback
 
 from foveate import convert
 
-from ..conversion.tiny_checkpoints import write_clip, write_llava
-
-
-#: Small steps that run in this process and show no bar.
-QUICK = {"precision": "fp32", "batch_size": 2, "workers": 0, "logging_steps": 1}
+from ..helpers.tiny_checkpoints import write_clip, write_llava
 
 
 @pytest.fixture(scope="session")
@@ -48,17 +43,3 @@ def instructions(tmp_path_factory):
     path = folder / "llava_v1_5_mix665k.json"
     path.write_text(json.dumps(samples))
     return path
-
-
-class Watch(TrainerCallback):
-    """Remembers arguments, optimizer and model; interrupts after some steps."""
-
-    def __init__(self, stop=None):
-        self.stop = stop
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.arguments, self.model, self.groups = args, model, optimizer.param_groups
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.stop:
-            raise KeyboardInterrupt

@@ -10,9 +10,10 @@ from transformers import AutoProcessor
 
 from foveate import FoveateError, lab_folder
 from foveate.evaluation.harness import Checkpoint
+from foveate.lab.data import LabExamples
 from foveate.lab.language import dialogue_tokens
 from foveate.lab.scenes import QuestionAnswer
-from foveate.training.data import Collator, Example, LabExamples, LlavaExamples, TrainingOrder, open_data
+from foveate.training.data import Collator, Example, LlavaExamples, TrainingOrder, open_data
 from foveate.training.recipe import read_stage
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate import FoveateError, convert
+from foveate.lab.fixed_matrix import fit_matrix, retained
 from foveate.training.data import Collator, Example
 from foveate.training.distillation import (
     Distillation,
@@ -18,14 +19,13 @@ from foveate.training.distillation import (
     prediction_loss,
     uncompressed,
 )
-from foveate.training.fixed_matrix import fit_matrix, retained
 from foveate.training.recipe import DistillationRecipe
 from foveate.training.train import train
 
-from ..contract.conftest import picture
-from ..conversion.tiny_checkpoints import write_llava, write_llava_next
+from ..helpers.batches import picture
 from ..helpers.checkpointing import checkpoint_activations
-from .conftest import QUICK
+from ..helpers.tiny_checkpoints import write_llava, write_llava_next
+from ..helpers.training_runs import QUICK
 
 
 #: Dialogues of several lengths, about images of several sizes, one of them about two.

@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 import foveate.training
 from foveate import convert, train
 
-from ..conversion.tiny_checkpoints import write_llava
-from .conftest import QUICK
+from ..helpers.tiny_checkpoints import write_llava
+from ..helpers.training_runs import QUICK
 
 
 WEIGHTS = "model.safetensors"

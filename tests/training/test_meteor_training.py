@@ -8,8 +8,8 @@ from transformers import TrainerCallback
 from foveate import FoveateError, convert, train
 from foveate.training.recipe import read_stage
 
-from ..conversion.tiny_checkpoints import write_llava
-from .conftest import QUICK
+from ..helpers.tiny_checkpoints import write_llava
+from ..helpers.training_runs import QUICK
 
 
 class WatchWarmup(TrainerCallback):

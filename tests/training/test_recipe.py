@@ -3,7 +3,8 @@
 import pytest
 
 from foveate import FoveateError
-from foveate.training.recipe import RECIPE_FILE, RECIPES, earlier_stages, read_stage, write_recipe
+from foveate.hub_cards.training_records import RECIPE_FILE, earlier_stages
+from foveate.training.recipe import RECIPES, read_stage, write_recipe
 
 
 def test_the_papers_values():

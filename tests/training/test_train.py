@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from foveate import FoveateError, evaluate, train
 from foveate.cli import app
+from foveate.conversion.verify import verify
 from foveate.hub_cards.manifest import MANIFEST_FILE
-from foveate.hub_cards.verify import verify
+from foveate.hub_cards.training_records import RECIPE_FILE, earlier_stages
 from foveate.training import train as training
-from foveate.training.recipe import RECIPE_FILE, earlier_stages, read_stage, write_recipe
+from foveate.training.recipe import read_stage, write_recipe
 
-from .conftest import QUICK, Watch
+from ..helpers.training_runs import QUICK, Watch
 
 
 LORA = {"lora.r": 2, "lora.dropout": 0.1}  # dropout: going on needs the random numbers' state as well

@@ -21,10 +21,10 @@ from foveate.training.visual_distillation import (
     stretch,
 )
 
-from ..contract.conftest import picture
-from ..conversion.tiny_checkpoints import write_llava, write_qwen3_vl
+from ..helpers.batches import picture
 from ..helpers.checkpointing import checkpoint_activations
-from .conftest import Watch
+from ..helpers.tiny_checkpoints import write_llava, write_qwen3_vl
+from ..helpers.training_runs import Watch
 
 
 M = 2

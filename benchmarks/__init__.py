@@ -1,0 +1,1 @@
+"""Timings at real shapes: `python -m benchmarks.NAME` in a checkout. Not installed."""

@@ -1,0 +1,4 @@
+from ..helpers.licensed_checkpoint import copy, licensed_base, written
+
+
+__all__ = ["copy", "licensed_base", "written"]
