@@ -90,12 +90,14 @@ METRICS = {
 # How sure a score is
 
 
-def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: float, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share, which stays inside [0, 1] and is right at its ends too.
 
+    `scipy.stats.binomtest` gives the same for whole counts, and refuses those that [`mean_of`] asks for.
+
     Args:
-        successes, trials: counts, `successes` of `trials`.
-        z: quantile of the normal distribution; the default gives 95 %.
+        successes, trials: counts, `successes` of `trials`; need not be whole.
+        level: of confidence.
 
     Returns:
         (low, high).
@@ -105,6 +107,7 @@ def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tup
     """
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"There is no share of {successes} in {trials}.")
+    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
     share = successes / trials
     scale = 1 + z * z / trials
     center = share + z * z / (2 * trials)

@@ -82,6 +82,15 @@ def test_wilson_interval(successes, trials, low, high):
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=2e-6)
 
 
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_wilson_interval_is_scipys_for_all_whole_counts(level):
+    stats = pytest.importorskip("scipy.stats")
+    for trials in (1, 2, 3, 17, 200):
+        for successes in range(trials + 1):
+            low, high = stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
+            assert wilson_interval(successes, trials, level) == pytest.approx((low, high), abs=1e-12)
+
+
 def test_wilson_interval_solves_its_equation():
     """Its bounds are the shares p from which the observed one is z standard errors away."""
     z, share, trials = 1.959964, 17 / 40, 40

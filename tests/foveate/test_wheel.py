@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from foveate import FoveateError, lab_folder
 from foveate.cli import app
 
 from ..helpers.original_checkpoints import write_original
@@ -60,8 +61,9 @@ def built(tmp_path_factory) -> Path:
     """The folder with the source distribution, and the wheel that is made of it."""
     folder = tmp_path_factory.mktemp("built")
     hidden = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in (*FOLDERS, "foveate"):
+    for name in (*FOLDERS, "foveate", "benchmarks"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=hidden)
+    (folder / "source" / "lab" / "weights" / "tiny-llava" / "optimizer.pt").touch()  # as a training could leave it
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
     command = [
@@ -129,7 +131,7 @@ def found(environment, place, demonstrated):
 def test_has_all_modules_and_data_and_nothing_else(built):
     [wheel], [source] = built.glob("*.whl"), built.glob("*.tar.gz")
     kept = {".py", ".md", ".yaml", ".json", ".jinja", ".safetensors"}
-    files = {f"foveate/{path.name}" for path in (ROOT / "foveate").glob("*.py")}
+    files = {f"foveate/{path.name}" for path in (ROOT / "foveate").glob("*.py")} | {"foveate/py.typed"}
     for folder in FOLDERS:
         files |= {f"foveate/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*") if path.suffix in kept}
     left_out = ("foveate/lab/results/", "foveate/lab/work/")
@@ -139,7 +141,20 @@ def test_has_all_modules_and_data_and_nothing_else(built):
     with tarfile.open(source) as archive:
         in_source = {name.partition("/")[2] for name in archive.getnames()}
     assert {name.removeprefix("foveate/") for name in files if name.count("/") > 1} <= in_source
-    assert not [name for name in in_source if name.startswith(("tests", "lab/results", "lab/work"))]
+    assert not [name for name in in_source if name.startswith(("tests", "benchmarks", "lab/results", "lab/work"))]
+
+
+def test_has_of_the_labs_weights_what_its_names_reach_and_its_recipes(built):
+    with pytest.raises(FoveateError, match="it has: ") as refused:
+        lab_folder("nothing")
+    names = str(refused.value).partition("it has: ")[2].removesuffix(".").split(", ")
+    [wheel] = built.glob("*.whl")
+    files = [name.split("/")[2:] for name in zipfile.ZipFile(wheel).namelist() if name.startswith("foveate/lab/")]
+    data = [parts for parts in files if not parts[-1].endswith(".py")]
+    assert {parts[0] for parts in data} == {"weights", "recipes"}
+    assert {parts[1] for parts in data if parts[0] == "weights"} == set(names)
+    for name in names:  # each is a checkpoint, or a shard that is put together with one
+        assert [file for file in ("config.json", "shard.json") if ["weights", name, file] in data], name
 
 
 def test_foveate_comes_from_the_wheel_alone(environment, place, found):
