@@ -72,6 +72,7 @@ _QWEN_2B: dict[str, Any] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "head_dim": 128,
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [24, 20, 20]},
     },
 }
 

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -234,6 +235,7 @@ def prefill_flops(config: Any, passes: Sequence[tuple[int, int]]) -> int:
     one_layer.num_hidden_layers = 1
     with torch.device("meta"):
         model = AutoModel.from_config(one_layer, attn_implementation="sdpa").eval().requires_grad_(False)
+    model.rotary_emb = _RotaryAngles(_head_width(config))
 
     def run(length: int, past: int, cache: Any = None) -> Any:
         embeddings = torch.empty(1, length, config.hidden_size, dtype=model.dtype, device="meta")
@@ -245,18 +247,32 @@ def prefill_flops(config: Any, passes: Sequence[tuple[int, int]]) -> int:
         past = keys - queries
         with _values_left_out():
             cache = cache_of(run(past, 0)) if past else None
-        with count_parts(model, {"angles": "rotary_emb"}, rest="layer") as parts:
+        with count_parts(model, {}, rest="layer") as parts:
             run(queries, past, cache)
-        found += parts["layer"]  # 4.57 computes rotary angles by a product
+        found += parts["layer"]
     return config.num_hidden_layers * found + 2 * config.hidden_size * config.vocab_size
 
 
 def kv_bytes_by_account(text_config: Any, num_tokens: int, dtype: torch.dtype) -> int:
     """Bytes of keys and values of `num_tokens` tokens in a language model of this config."""
-    head_width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    return (
-        num_tokens * text_config.num_hidden_layers * 2 * text_config.num_key_value_heads * head_width * dtype.itemsize
-    )
+    width = text_config.num_key_value_heads * _head_width(text_config)
+    return num_tokens * text_config.num_hidden_layers * 2 * width * dtype.itemsize
+
+
+class _RotaryAngles(nn.Module):
+    """Cosines and sines without values. No product is theirs, but 4.57 computes them by one, and on a real device."""
+
+    def __init__(self, head_width: int):
+        super().__init__()
+        self.head_width = head_width
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = hidden_states.new_empty(*hidden_states.shape[:2], self.head_width)
+        return angles, angles
+
+
+def _head_width(text_config: Any) -> int:
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 
 # The count

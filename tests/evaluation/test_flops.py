@@ -23,6 +23,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from foveate.cli import app
+from foveate.conversion.bundle import bundle_files
 from foveate.errors import FoveateError
 from foveate.evaluation.flops import encoder_ratio, flops
 from foveate.evaluation.shapes import SHAPES, config_of_shape
@@ -36,7 +37,7 @@ from foveate.modeling.core.account import (
     prefill_flops,
 )
 from foveate.modeling.layers import selective_scan
-from foveate.registry import METHODS
+from foveate.registry import METHODS, pairs
 
 from ..helpers.batches import prompt_for
 from ..helpers.closed_forms import closed_forms
@@ -423,6 +424,11 @@ class TestEqualsClosedForms:
             for part in ("vision_tower", "text_encoder", "projector", "llm_prefill", "visual_tokens"):
                 assert getattr(found, part) == expected[part], (settings, part)
             assert found.compressor == pytest.approx(expected["compressor"], rel=3e-5), settings
+
+
+def test_no_account_is_part_of_a_checkpoints_code():
+    files = {name for pair in pairs() for name in bundle_files(pair.config_class)}
+    assert files and not [name for name in files if "account" in name]
 
 
 class TestAMethodThatCannotBeCounted:
