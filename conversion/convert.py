@@ -223,8 +223,10 @@ def _make_config(
     if encoder:
         fields["question_config"] = encoder.config.to_dict()
     with bad_input():
-        of_tokenizer = pair.config_class.settings_class.settings_from_tokenizer(stock_processor.tokenizer, compression)
-        compression = {**of_tokenizer, **compression}
+        from_tokenizer = pair.config_class.settings_class.settings_from_tokenizer(
+            stock_processor.tokenizer, compression
+        )
+        compression = {**from_tokenizer, **compression}
         config = pair.config_class.from_dict({**fields, "compression": compression})
         if keep_ratio is not None:
             config.change_compression(keep_ratio)

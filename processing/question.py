@@ -34,7 +34,7 @@ class QuestionProcessorMixin(CompressionProcessorMixin):
     def _begin(self, kwargs):
         super()._begin(kwargs)
         self.question_tokenizer = kwargs.pop("question_tokenizer", None)
-        self._markers_of: tuple[str, tuple[str, str]] | None = None  # a template, and what it was found to write
+        self._markers_of = None  # a template, and what it was found to write
 
     def __call__(self, images=None, text=None, question=None, **kwargs):
         """

@@ -48,7 +48,7 @@ class LlavaNextBackboneMixin(AnyBackboneMixin):
 
     def join_crops(self, crops, features, positions):
         """Tokens stand where they stood, in the rows of the grid; every row keeps the newline that ends it."""
-        layout: TileLayout = crops.layout
+        layout = crops.layout
         tokens = self.multi_modal_projector(features).flatten(0, 1)
         newlines = self.image_newline.to(tokens)[None].expand(layout.num_newlines, -1)
         lengths = [grid.num_tokens(positions.shape[1]) for grid in layout.grids]
@@ -56,7 +56,7 @@ class LlavaNextBackboneMixin(AnyBackboneMixin):
 
     def join_provenance(self, crops, positions, weights, steps, role, role_names):
         """A newline is made of no patch."""
-        layout: TileLayout = crops.layout
+        layout = crops.layout
         (_, num_tokens), num_patches, found, first_tile = positions.shape, weights.shape[2], [], 0
         lengths = [grid.num_tokens(num_tokens) for grid in layout.grids]
         for grid, chosen in zip(layout.grids, layout.order(positions).split(lengths)):

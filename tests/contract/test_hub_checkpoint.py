@@ -83,12 +83,12 @@ STRANGER = textwrap.dedent(
 )
 
 
-def run_stranger(folders, tmp_path, row=ROWS[0]) -> dict[str, dict]:
+def run_without_foveate(folders, tmp_path, row=ROWS[0]) -> dict[str, dict]:
     """What a process without foveate finds of checkpoints, by folder: the ids that it generates in several ways, and
     a copy, `FOLDER-again`, that it saves; or the traceback of its `error`."""
     tmp_path.mkdir(exist_ok=True)
     row.images[0].save(tmp_path / "picture.png")
-    script, tasks, found = (tmp_path / name for name in ("stranger.py", "tasks.json", "found.json"))
+    script, tasks, found = (tmp_path / name for name in ("without_foveate.py", "tasks.json", "found.json"))
     script.write_text(Path(deprecations.__file__).read_text() + STRANGER)
     prompts = [prompt_for(AutoProcessor.from_pretrained(folder), row.prompt) for folder in folders]
     tasks.write_text(json.dumps([[str(f), str(tmp_path / "picture.png"), p] for f, p in zip(folders, prompts)]))
@@ -132,13 +132,13 @@ def checkpoints(tiny_checkpoint, tmp_path_factory, request) -> dict[str, Checkpo
 
 
 @pytest.fixture(scope="session")
-def strangers_answers(checkpoints, tmp_path_factory) -> dict[str, dict]:
+def answers_without_foveate(checkpoints, tmp_path_factory) -> dict[str, dict]:
     """What processes without foveate find of them all, and, in a second one, of what the first saved."""
-    root = tmp_path_factory.mktemp("strangers")
+    root = tmp_path_factory.mktemp("without_foveate")
     folders = [folder for made in checkpoints.values() for folder in (made.converted, made.saved, made.small)]
-    first = run_stranger(folders, root / "first")
+    first = run_without_foveate(folders, root / "first")
     again = [Path(f"{folder}-again") for folder in folders if "error" not in first[str(folder)]]
-    return first | run_stranger(again, root / "second")
+    return first | run_without_foveate(again, root / "second")
 
 
 @pytest.fixture
@@ -147,11 +147,11 @@ def own(checkpoints, method_and_backbone) -> Checkpoints:
 
 
 @pytest.fixture
-def answer_of(strangers_answers):
+def answer_of(answers_without_foveate):
     """Folder → what was found of it."""
 
     def find(folder) -> dict:
-        found = strangers_answers[str(folder)]
+        found = answers_without_foveate[str(folder)]
         assert "error" not in found, found["error"]
         return found
 

@@ -57,8 +57,8 @@ def upgraded(tmp_path_factory):
 def answers(upgraded, tmp_path_factory):
     """Of a process without foveate."""
     folder, _ = upgraded
-    place = tmp_path_factory.mktemp("stranger")
-    script = place / "stranger.py"
+    place = tmp_path_factory.mktemp("without_foveate")
+    script = place / "without_foveate.py"
     script.write_text(STRANGER)
     command = [sys.executable, "-P", str(script), str(SOURCE), str(folder)]
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hf"), "PATH": "/usr/bin:/bin"}
