@@ -7,7 +7,6 @@ but is an extra cost of guiding it by the question. Everything takes turns, and 
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from rich.table import Table
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModel
 
-from benchmarks.timing import Shapes, command_parser, conditions, describe, measure_in_turns, parse, timed
+from benchmarks.timing import Shapes, command_parser, conditions, describe, measure_in_turns, run_command, timed
 from foveate.modeling.compatibility import clip_embeddings, clip_layers, run_clip_layer
 from foveate.modeling.core.precision import fast_dtype
 from foveate.modeling.methods.recoverable_algorithm import assign_tokens, class_token_scores, text_similarity
@@ -142,13 +141,11 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    arguments, command = parse(command_parser("compression", __doc__))
-    result = benchmark(batch_size=arguments.batch_size, dtype=arguments.dtype, repeats=arguments.repeats)
-    result["command"] = command
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-    else:
-        _print(result)
+    run_command(
+        command_parser("compression", __doc__, cpu_time=False),
+        lambda arguments: benchmark(batch_size=arguments.batch_size, dtype=arguments.dtype, repeats=arguments.repeats),
+        _print,
+    )
 
 
 if __name__ == "__main__":

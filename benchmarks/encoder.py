@@ -14,7 +14,6 @@ whose times stand beside. The shares of FLOPs have embeddings and class token as
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,11 +33,12 @@ from benchmarks.timing import (
     conditions,
     describe,
     measure_in_turns,
-    parse,
+    run_command,
     spread,
     timed,
 )
 from foveate.configuration.configuration_llava_qgvtc import LlavaQGVTCConfig
+from foveate.errors import bad_input
 from foveate.modeling.compatibility import clip_layers
 from foveate.modeling.core.precision import fast_dtype
 from foveate.modeling.methods.qgvtc import QuestionProjector
@@ -151,14 +151,15 @@ def benchmark(
         measured on what.
 
     Raises:
-        ValueError: a budget or layers that the tower doesn't have.
+        FoveateError: a budget or layers that the tower doesn't have.
     """
     shapes = shapes or Shapes()
-    config = LlavaQGVTCConfig(
-        vision_config=shapes.vision_config,
-        question_config=shapes.text_config,
-        compression={"num_visual_tokens": num_visual_tokens, "layers": layers},
-    )
+    with bad_input():
+        config = LlavaQGVTCConfig(
+            vision_config=shapes.vision_config,
+            question_config=shapes.text_config,
+            compression={"num_visual_tokens": num_visual_tokens, "layers": layers},
+        )
     settings = config.compression
     dtype = dtype or fast_dtype("cpu")
     bench = _Bench(config, batch_size, dtype, time.process_time if cpu_time else timer)
@@ -282,24 +283,18 @@ def main() -> None:
     parser = command_parser("encoder", __doc__)
     parser.add_argument("--num-visual-tokens", type=int, help="72 of 576 patches if not said")
     parser.add_argument("--layers", type=layer_list, help="the compressing ones; 12,14,16,18,20,22 if not said")
-    parser.add_argument("--cpu-time", action="store_true", help="count processor time: for a machine that is busy")
-    arguments, command = parse(parser)
-    try:
-        result = benchmark(
+    run_command(
+        parser,
+        lambda arguments: benchmark(
             num_visual_tokens=arguments.num_visual_tokens,
             layers=arguments.layers,
             batch_size=arguments.batch_size,
             dtype=arguments.dtype,
             repeats=arguments.repeats,
             cpu_time=arguments.cpu_time,
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    result["command"] = command
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-    else:
-        _print(result)
+        ),
+        _print,
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ account (`flops.py`).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,13 +25,12 @@ from benchmarks.timing import (
     conditions,
     describe,
     measure_in_turns,
-    parse,
     random_model,
+    run_command,
     sharing,
     spread,
     timed,
 )
-from foveate.errors import FoveateError
 from foveate.evaluation.shapes import config_of_shape
 from foveate.modeling.compatibility import cache_argument, cache_of, iterate_cache_tensors
 from foveate.modeling.core.account import Account, account_of, prefill_flops
@@ -232,17 +230,11 @@ def _print(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = command_parser("eviction", __doc__)
-    parser.add_argument("--cpu-time", action="store_true", help="count processor time: for a machine that is busy")
-    arguments, command = parse(parser)
-    try:
-        result = benchmark(dtype=arguments.dtype, repeats=arguments.repeats, cpu_time=arguments.cpu_time)
-    except FoveateError as error:
-        parser.error(str(error))
-    result["command"] = command
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-    else:
-        _print(result)
+    run_command(
+        parser,
+        lambda arguments: benchmark(dtype=arguments.dtype, repeats=arguments.repeats, cpu_time=arguments.cpu_time),
+        _print,
+    )
 
 
 if __name__ == "__main__":

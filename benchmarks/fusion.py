@@ -8,7 +8,6 @@ where there are no fused kernels. Everything takes turns, and medians are given.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from benchmarks.timing import (
     conditions,
     describe,
     measure_in_turns,
-    parse,
+    run_command,
     spread,
     timed,
 )
@@ -167,15 +166,16 @@ def _print(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = command_parser("fusion", __doc__)
     parser.set_defaults(batch_size=NUM_VIEWS)
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, where other work is going on")
-    arguments, command = parse(parser)
-    clock = time.process_time if arguments.cpu_time else timer
-    result = benchmark(None, arguments.batch_size, arguments.dtype, arguments.repeats, clock=clock)
-    result["command"] = command
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-    else:
-        _print(result)
+    run_command(
+        parser,
+        lambda arguments: benchmark(
+            batch_size=arguments.batch_size,
+            dtype=arguments.dtype,
+            repeats=arguments.repeats,
+            clock=time.process_time if arguments.cpu_time else timer,
+        ),
+        _print,
+    )
 
 
 if __name__ == "__main__":

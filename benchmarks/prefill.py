@@ -9,7 +9,6 @@ next to the ratio of FLOPs by the account (`flops.py`).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,8 +24,8 @@ from benchmarks.timing import (
     conditions,
     describe,
     measure_in_turns,
-    parse,
     random_model,
+    run_command,
     sharing,
     spread,
     timed,
@@ -208,24 +207,18 @@ def main() -> None:
     parser.set_defaults(batch_size=1)
     parser.add_argument("--with-base", action="store_true", help="also time the uncompressed model")
     parser.add_argument("--layers", type=int, help="of the language model; all if not said")
-    parser.add_argument("--cpu-time", action="store_true", help="count processor time: for a machine that is busy")
-    arguments, command = parse(parser)
-    try:
-        result = benchmark(
+    run_command(
+        parser,
+        lambda arguments: benchmark(
             layers=arguments.layers,
             with_base=arguments.with_base,
             batch_size=arguments.batch_size,
             dtype=arguments.dtype,
             repeats=arguments.repeats,
             cpu_time=arguments.cpu_time,
-        )
-    except FoveateError as error:
-        parser.error(str(error))
-    result["command"] = command
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-    else:
-        _print(result)
+        ),
+        _print,
+    )
 
 
 if __name__ == "__main__":

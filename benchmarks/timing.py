@@ -6,6 +6,7 @@ Weights are random: how long a product takes doesn't depend on what is multiplie
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import statistics
 import sys
@@ -164,8 +165,8 @@ def describe(result: Mapping[str, Any]) -> str:
     )
 
 
-def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has; `name` is its module's."""
+def command_parser(name: str, description: str | None, cpu_time: bool = True) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `name` is its module's, `cpu_time` says whether it can count that."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument(
@@ -177,6 +178,8 @@ def command_parser(name: str, description: str | None) -> argparse.ArgumentParse
     parser.add_argument("--repeats", type=int, default=7, help="rounds after a warm-up")
     parser.add_argument("--threads", type=int, help="torch's own choice if not said")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    if cpu_time:
+        parser.add_argument("--cpu-time", action="store_true", help="count processor time: for a machine that is busy")
     return parser
 
 
@@ -189,3 +192,21 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, str]:
         torch.set_num_threads(arguments.threads)
     arguments.dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     return arguments, " ".join([parser.prog, *sys.argv[1:]])
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+) -> None:
+    """Runs a benchmark as its options say, and prints what it found as JSON or as `show` does. What can't be measured
+    is one sentence."""
+    arguments, command = parse(parser)
+    try:
+        result = {**measure(arguments), "command": command}
+    except FoveateError as error:
+        parser.error(str(error))
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)

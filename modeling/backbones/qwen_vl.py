@@ -12,12 +12,12 @@ from foveate.modeling.backbones.any import AnyBackboneMixin
 from foveate.modeling.compatibility import image_fields, stock_deepstack_features, takes_cache, without_cache_positions
 from foveate.modeling.core.base import stock_class
 from foveate.modeling.core.declarations import Backbone
-from foveate.modeling.core.deferred import DeferredGenerationMixin, PlacedModelMixin, grid_positions
+from foveate.modeling.core.deferred import DeferredGenerationMixin, OwnPositionsModelMixin, grid_positions
 from foveate.modeling.core.image_inputs import locate_images
 from foveate.modeling.core.outputs import CompressedModelOutputWithPast, VisualTokens
 
 
-class Qwen3VLBackboneMixin(AnyBackboneMixin, PlacedModelMixin):
+class Qwen3VLBackboneMixin(AnyBackboneMixin, OwnPositionsModelMixin):
     """On Qwen3-VL. Position ids can't be counted from the columns, so the cache keeps them ([`LogicalCache`])."""
 
     visual_inputs = ("pixel_values", "image_grid_thw")

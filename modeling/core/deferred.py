@@ -2,8 +2,8 @@
 
 *Logical* columns are the caller's, with every placeholder; *physical* ones are what the language model runs on and the
 cache holds (`cache.py`). [`DeferredModelMixin`] opens a call and its cache, [`PhysicalSequence`] leads from the logical
-columns to the physical ones and back, and [`PlacedModelMixin`] is for position ids that don't follow from the number of
-columns: the cache keeps them.
+columns to the physical ones and back, and [`OwnPositionsModelMixin`] is for position ids that don't follow from the
+number of columns: the cache keeps them.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ class DeferredModelMixin(CompressedModelMixin):
         return LogicalCache.wrap(cache, batch_size, device)
 
 
-class PlacedModelMixin(DeferredModelMixin):
-    """Mixed into a model without a head, before the Transformers class."""
+class OwnPositionsModelMixin(DeferredModelMixin):
+    """Mixed into a model without a head, before the Transformers class: it makes position ids, and the cache keeps
+    them."""
 
     def _position_ids(self, positions: torch.Tensor) -> torch.Tensor:
         """(dimensions, batch, columns), or one for all dimensions, as the language model takes them."""

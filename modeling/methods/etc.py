@@ -30,7 +30,7 @@ from foveate.modeling.compatibility import (
 from foveate.modeling.core.cache import EvictingCache, LogicalCache
 from foveate.modeling.core.compressed_image import CompressedImage
 from foveate.modeling.core.declarations import Method
-from foveate.modeling.core.deferred import DeferredGenerationMixin, PlacedModelMixin, line_positions
+from foveate.modeling.core.deferred import DeferredGenerationMixin, OwnPositionsModelMixin, line_positions
 from foveate.modeling.core.outputs import CompressedModelOutputWithPast, Images, TokenProvenance, VisualTokens
 from foveate.modeling.layers.decoder_attention import attention_over, watched_attention
 from foveate.modeling.methods.etc_algorithm import (
@@ -80,7 +80,7 @@ class ETCGenerationMixin(DeferredGenerationMixin):
         return super().prepare_inputs_for_generation(input_ids, **cache_argument(cache), use_cache=use_cache, **kwargs)
 
 
-class ETCModelMixin(PlacedModelMixin):
+class ETCModelMixin(OwnPositionsModelMixin):
     """The compressed tokens beside the stock model, to which DeepStack adds nothing."""
 
     added_modules = ("compressor",)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.timing import command_parser, conditions, describe, parse
+from foveate.errors import FoveateError
 
 
 class MadeError(Exception):
@@ -45,6 +46,21 @@ def test_the_option_names_it(words, expected, monkeypatch):
     arguments, command = parse(command_parser("fusion", None))
     assert arguments.dtype is expected
     assert command == " ".join(["python -m benchmarks.fusion", *words])
+
+
+@pytest.mark.parametrize("name", ["compression", "encoder", "eviction", "fusion", "prefill"])
+def test_what_cannot_be_measured_is_one_sentence(name, monkeypatch, capsys):
+    def refuse(**options):
+        assert options["repeats"] == 2
+        raise FoveateError("There is no memory: run fewer layers.")
+
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(module, "benchmark", refuse)
+    monkeypatch.setattr(sys, "argv", ["", "--repeats", "2"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("error: There is no memory: run fewer layers.\n")
 
 
 def test_the_conditions_say_it():
