@@ -15,8 +15,8 @@ if not (Path(__file__).parent / "modeling").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 from foveate.errors import FoveateError
-from foveate.registration import register_models
-from foveate.registry import METHODS, Method, Pair, pairs, register_method
+from foveate.registration import register_method, register_models
+from foveate.registry import METHODS, Method, Pair, pairs
 
 
 if TYPE_CHECKING:  # what is imported when it is asked for

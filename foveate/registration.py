@@ -21,14 +21,16 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from foveate.modeling.core.declarations import Method
 from foveate.pairs import find_pairs
-from foveate.registry import ClassReference, Pair, pairs
+from foveate.registry import BACKBONES, METHODS, ClassReference, Pair, pairs, pairs_of
 
 
 class StandIn(type):
@@ -216,3 +218,32 @@ def register_pairs(found: Iterable[Pair]) -> None:
         for auto in _REGISTER.keys() & _imported.keys():
             for pair in found:
                 _REGISTER[auto](_imported[auto], pair)
+
+
+def register_method(method: Method) -> Method:
+    """Makes a method from outside of foveate known: to `convert`, the commands, Transformers' Auto classes, and as
+    names of foveate (`foveate.LlavaEverySecondModel`).
+
+    Args:
+        method: its declaration, with classes of modules that can be imported. Its module, and those of its own package
+            that it imports, become part of a converted checkpoint's code.
+
+    Returns:
+        The declaration, as the registry keeps it.
+
+    Raises:
+        ValueError: its name or stem is another method's, or a backbone is not known.
+    """
+    if method.name in METHODS or method.stem in {known.stem for known in METHODS.values()}:
+        raise ValueError(f"There is a method '{method.name}' or one with the stem '{method.stem}' already: rename it.")
+    if unknown := sorted(set(method.backbones) - set(BACKBONES)):
+        raise ValueError(f"There is no backbone '{unknown[0]}'. Choose from: {', '.join(BACKBONES)}.")
+    classes = {field.name: getattr(method, field.name) for field in fields(method)}
+    references: dict[str, Any] = {
+        name: ClassReference(value.__module__, value.__name__)
+        for name, value in classes.items()
+        if isinstance(value, type)
+    }
+    METHODS[method.name] = replace(method, **references)
+    register_pairs(pairs_of(method.name))
+    return METHODS[method.name]

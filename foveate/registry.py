@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,37 +112,6 @@ def pairs() -> list[Pair]:
         for pair in pairs_of(method):
             found.setdefault(pair.model_type, pair)
     return list(found.values())
-
-
-def register_method(method: Method) -> Method:
-    """Makes a method from outside of foveate known: to `convert`, the commands, Transformers' Auto classes, and as
-    names of foveate (`foveate.LlavaEverySecondModel`).
-
-    Args:
-        method: its declaration, with classes of modules that can be imported. Its module, and those of its own package
-            that it imports, become part of a converted checkpoint's code.
-
-    Returns:
-        The declaration, as the registry keeps it.
-
-    Raises:
-        ValueError: its name or stem is another method's, or a backbone is not known.
-    """
-    if method.name in METHODS or method.stem in {known.stem for known in METHODS.values()}:
-        raise ValueError(f"There is a method '{method.name}' or one with the stem '{method.stem}' already: rename it.")
-    if unknown := sorted(set(method.backbones) - set(BACKBONES)):
-        raise ValueError(f"There is no backbone '{unknown[0]}'. Choose from: {', '.join(BACKBONES)}.")
-    classes = {field.name: getattr(method, field.name) for field in fields(method)}
-    references: dict[str, Any] = {
-        name: ClassReference(value.__module__, value.__name__)
-        for name, value in classes.items()
-        if isinstance(value, type)
-    }
-    METHODS[method.name] = replace(method, **references)
-    from foveate.registration import register_pairs
-
-    register_pairs(pairs_of(method.name))
-    return METHODS[method.name]
 
 
 def outside_packages() -> set[str]:
