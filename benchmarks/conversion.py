@@ -215,14 +215,14 @@ def benchmark(
     config = config or config_of_shape(SHAPE)
     make_base(base, config)
     make_clip(clip, config.vision_config, text or CLIP_TEXT)
-    package = __package__.rpartition(".")[0]
-    convert = [sys.executable, "-m", package, "convert", str(base), str(out), "--method", method]
+    foveate = [sys.executable, "-m", "foveate"]
+    convert = [*foveate, "convert", str(base), str(out), "--method", method]
     if method in ("recoverable", "qg-vtc"):
         convert += ["--text-encoder", str(clip)]
     commands = {
         # What a process holds, and takes, before it has converted anything: the libraries, and what converts with them.
         "libraries": [sys.executable, "-c", _LIBRARIES],
-        "import": [sys.executable, "-c", f"from {package} import convert"],
+        "import": [sys.executable, "-c", "from foveate import convert"],
         "cp": ["cp", "-r", str(base), str(out)],
         "copy": convert,
         "link": [*convert, "--link"],
@@ -239,7 +239,7 @@ def benchmark(
         outcomes.append(_outcome(work, out, killed))
     shutil.rmtree(base)
     make_original(original, clip, config)
-    words = [sys.executable, "-m", package, "import", str(original), str(out)]
+    words = [*foveate, "import", str(original), str(out)]
     found["runs"]["original"] = [_run_and_remove(words, out, min_shards=1)]
     return {**found, "original_bytes": _num_bytes(original), "kills": outcomes}
 

@@ -36,7 +36,7 @@ def cosine(a, b):
     return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-def visual_scores(cls_query, keys):
+def class_token_scores(cls_query, keys):
     """Softmax of q·K/√C over CLS and patches, without CLS."""
     logits = np.array([np.dot(cls_query, key) / math.sqrt(len(key)) for key in keys])
     exponentials = np.exp(logits - logits.max())
