@@ -29,8 +29,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -360,10 +359,34 @@ class _OneDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class _ProductsAlone(TorchFunctionMode):
+    """Leaves out of layers what is not counted, as it takes most of the time without values, too: a linear layer is its
+    product, attention is two, which every version of the counter knows, and a norm has nothing but a shape."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        run = {linear: _product, scaled_dot_product_attention: _two_products, layer_norm: _same_shape}.get(func, func)
+        return run(*args, **(kwargs or {}))
+
+
+def _product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return states @ weight.mT
+
+
+def _two_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, enable_gqa: bool = False, **__: Any
+) -> torch.Tensor:
+    if enable_gqa:
+        key, value = (states.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3) for states in (key, value))
+    return query @ key.mT @ value
+
+
+def _same_shape(states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return torch.empty_like(states)
+
+
 @contextmanager
 def _values_left_out() -> Iterator[None]:
-    """Attention is two products, which every version of the counter knows, whatever kernel a device has."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _OneDevice():
+    with torch.no_grad(), _ProductsAlone(), _OneDevice():
         yield
 
 
