@@ -23,6 +23,8 @@ Settings = TypeVar("Settings", bound="CompressionSettings")
 #: Of the sides of an image that processors take: narrower ones have nothing left to see after resizing.
 MAX_ASPECT_RATIO = 100
 
+VIDEOS_ARE_NOT_TAKEN = "This model takes images, not videos yet: pass single frames as images."
+
 
 @dataclass
 class CompressionSettings:
@@ -247,10 +249,11 @@ class CompressionConfigMixin(MixedIn):
     def num_patches(self) -> int | None:
         """Patches of one image, which is also the number of visual tokens without compression; `None` where each image
         has its own."""
-        vision = self.vision_config
-        if not hasattr(vision, "image_size") or self.image_processor is not None:
+        vision = getattr(self, "vision_config", None)
+        side, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+        if not isinstance(side, int) or not isinstance(patch, int) or self.image_processor is not None:
             return None
-        return (vision.image_size // vision.patch_size) ** 2
+        return (side // patch) ** 2
 
     def change_compression(self, keep_ratio: float | None = None, **changes) -> CompressionSettings:
         """Changes settings of the compression.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from foveate.configuration.compression import CompressionSettings, require_ratio
+from foveate.configuration.compression import CompressionSettings, require_one_of, require_ratio
 
 
 DEFAULT_KEEP_RATIO = 0.1
+POSITIONS = ("original", "compact")
 
 
 @dataclass
@@ -18,15 +19,21 @@ class SequenceSettings(CompressionSettings):
     Args:
         num_visual_tokens: m, the same for every image; `None`: see `keep_ratio`. One of the two is set.
         keep_ratio: m / n, in (0, 1] (a reduction by 90 % is 0.1); 1 leaves the image as it is. 0.1 if neither is set.
+        positions: "original": every token keeps the place that it has in the uncompressed sequence, and the text goes
+            on where it would; "compact": positions count what is there. `None`: original where places have rows and
+            columns (M-RoPE), else compact, as the papers have it.
     """
 
     keeps_images: ClassVar[bool] = True
 
     keep_ratio: float | None = None
+    positions: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
         require_ratio("keep_ratio", self.keep_ratio, optional=True)
+        if self.positions is not None:
+            require_one_of("positions", self.positions, POSITIONS)
         if self.num_visual_tokens is not None and self.keep_ratio is not None:
             raise ValueError(
                 f"num_visual_tokens is {self.num_visual_tokens} and keep_ratio {self.keep_ratio}: choose one of them, "
@@ -53,10 +60,11 @@ class SequenceSettings(CompressionSettings):
 
     def resolve(self, config: Any) -> SequenceSettings:
         strategy = getattr(config, "vision_feature_select_strategy", "default")
-        if strategy != "default":
+        has_class_token = getattr(getattr(config, "vision_config", None), "model_type", None) == "clip_vision_model"
+        if strategy != "default" and has_class_token:
             raise ValueError(
                 f"The method '{self.method}' needs vision_feature_select_strategy 'default' (patches without the class "
-                f"token), not {strategy!r}."
+                f"token) with this vision tower, not {strategy!r}."
             )
         return super().resolve(config)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from foveate.conversion.pruning import prune
 from foveate.errors import FoveateError
-from foveate.registry import outside_packages, pairs
+from foveate.registry import outside_packages, pair_of_model_type
 
 
 FOLDERS = ("configuration", "processing", "modeling")
@@ -69,7 +69,7 @@ def entry_modules(config_class: type) -> list[str]:
     Args:
         config_class: of a compressed model.
     """
-    pair = next((pair for pair in pairs() if pair.model_type == config_class.model_type), None)  # type: ignore[attr-defined]
+    pair = pair_of_model_type(config_class.model_type)  # type: ignore[attr-defined]
     if pair is None:
         raise FoveateError(f"{config_class.__name__} is not the config of a method that foveate knows.")
     return sorted({reference.module for reference in pair.references.values()})

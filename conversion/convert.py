@@ -46,11 +46,12 @@ from foveate.conversion.safetensors_stream import StreamedTensor, write_safetens
 from foveate.conversion.shipped import LAB_PREFIX, TEXT_ENCODERS_THAT_SHIP
 from foveate.conversion.text_encoder import CLIP_MODULES, TextEncoder, open_text_encoder
 from foveate.errors import FoveateError, bad_input, first_sentence
+from foveate.families import stock_families, writes_placeholders
 from foveate.hub_cards.card import write_card
 from foveate.hub_cards.manifest import write_manifest
 from foveate.modeling.core.loading import BASE_FIELDS
 from foveate.processing.question import QUESTION_TOKENIZER_FOLDER, common_start
-from foveate.registry import METHODS, Pair, pairs_of
+from foveate.registry import METHODS, Pair, require_pair
 
 
 #: CLIP checkpoints that vision towers of base models came from, by (width, layers, image side, patch side).
@@ -132,7 +133,7 @@ def convert(
     encoder = _open_text_encoder(source, pair, method, text_encoder)
     stock_processor = _open_processor(source)
     config = _make_config(source, pair, encoder, stock_processor, {"method": method, **(settings or {})}, keep_ratio)
-    processor = _make_processor(stock_processor, pair, encoder, config)
+    processor = make_processor(stock_processor, pair, encoder, config)
 
     shards = _read_base_weights(source)
     new = _stream_or_draw_parameters(source, pair, encoder, config, stored_dtype(shards))
@@ -172,17 +173,19 @@ def _choose_pair(name: str | Path, config_dict: dict[str, Any], method: str) -> 
     model_type = config_dict.get("model_type")
     if "compression" in config_dict:
         raise FoveateError(f"{name} is compressed already ('{model_type}'): convert the base that it came from.")
-    known = {pair.base_model_type: pair for pair in pairs_of(method)}
-    if model_type not in known:
-        found = f"a '{model_type}' checkpoint" if model_type else "of no known kind (its config has no model_type)"
-        hint = f" (`foveate import {name} OUT` makes one of it)" if "mm_vision_tower" in config_dict else ""
-        raise FoveateError(f"{name} is {found}: the method '{method}' compresses {', '.join(known)}{hint}.")
-    if not isinstance(config_dict.get("vision_config"), dict):
+    if not model_type:
+        raise FoveateError(f"{name} is of no known kind: its config has no model_type.")
+    if "mm_vision_tower" in config_dict:
+        raise FoveateError(
+            f"{name} is an original LLaVA ('{model_type}'): `foveate import {name} OUT` makes one of it."
+        )
+    pair = require_pair(method, model_type, str(name))
+    if "vision_config" in pair.config_class.sub_configs and not isinstance(config_dict.get("vision_config"), dict):
         raise FoveateError(
             f"{name} calls itself '{model_type}' but has no vision_config: it has to be in Transformers' own "
             f"layout (for LLaVA, the llava-hf models on the hub; `foveate import {name} OUT` makes one of an original)."
         )
-    return known[model_type]
+    return pair
 
 
 def _open_text_encoder(base: BaseCheckpoint, pair: Pair, method: str, name: str | Path | None) -> TextEncoder | None:
@@ -241,8 +244,13 @@ def _open_processor(base: BaseCheckpoint) -> Any:
         raise FoveateError(f"{base.name}'s processor can't be read: {first_sentence(error)}") from error
 
 
-def _make_processor(stock: Any, pair: Pair, encoder: TextEncoder | None, config: Any) -> Any:
+def make_processor(stock: Any, pair: Pair, encoder: TextEncoder | None, config: Any) -> Any:
     """The method's processor, of the parts and arguments of the base's, and the question's tokenizer."""
+    if pair.base_model_type in stock_families() and not writes_placeholders(pair.base_model_type):
+        raise FoveateError(
+            f"The processor of a '{pair.base_model_type}' does not write placeholders by replace_image_token, the door "
+            "through which fewer are written: `foveate.compress` takes the model alone."
+        )
     names = inspect.signature(pair.processor_class.__init__).parameters
     arguments = {name: getattr(stock, name) for name in names if name != "self" and hasattr(stock, name)}
     if encoder:
@@ -251,6 +259,8 @@ def _make_processor(stock: Any, pair: Pair, encoder: TextEncoder | None, config:
         if pair.image_processor_class is not None:
             arguments["image_processor"] = pair.image_processor_class.of_stock(stock.image_processor, config)
         processor = pair.processor_class(**arguments)
+        if hasattr(processor, "placeholder"):
+            processor.placeholder = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
         processor.set_compression(config.compression)
     return processor
 
@@ -290,9 +300,9 @@ def _stream_or_draw_parameters(
                 StreamedTensor(f"{module}.{name}", dtype, tuple(tensor.shape), partial(iter, (tensor,)))
                 for name, tensor in drawn.state_dict().items()
             ]
-    # Older layouts name a module of the model without a head as it is, newer ones as the model with a head does.
-    whole = all(name.startswith("model.") for name in PUBLISHED_NAMES.get(base.config.model_type, ("",)))
-    return [replace(tensor, name=f"model.{tensor.name}") for tensor in parameters] if whole else parameters
+    if pair.model_class.publishes_short_names:
+        return parameters
+    return [replace(tensor, name=f"model.{tensor.name}") for tensor in parameters]
 
 
 def _write_weights(shards: list[Shard], new: list[StreamedTensor], folder: Path, link: bool, progress: bool) -> None:

@@ -17,7 +17,7 @@ from foveate.conversion.bundle import bundle_files
 from foveate.conversion.checkpoints import read_config
 from foveate.errors import FoveateError
 from foveate.hub_cards.manifest import WEIGHTS, differs, is_newer, listed_files, package_version, read_manifest
-from foveate.registry import pairs
+from foveate.registry import pair_of_model_type
 
 
 _WAY_OUT = "`foveate upgrade {}` brings it up to date."
@@ -100,10 +100,10 @@ def verify(folder: str | Path, full: bool = False) -> Verification:
 def config_class_of(folder: Path) -> type:
     """The config class that a folder's `config.json` asks for. Raises `FoveateError` where it is none of ours."""
     model_type = read_config(folder).get("model_type")
-    classes = {backbone.model_type: backbone.config_class for backbone in pairs()}
-    if model_type not in classes:
+    pair = pair_of_model_type(model_type)
+    if pair is None:
         raise FoveateError(f"its model_type is '{model_type}', which is no compressed model's.")
-    return classes[model_type]
+    return pair.config_class
 
 
 def _compare_code(

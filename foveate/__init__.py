@@ -5,6 +5,7 @@ known to Transformers' Auto classes nevertheless (`registration.py`), so that a 
 `trust_remote_code`.
 """
 
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ if not (Path(__file__).parent / "modeling").is_dir():
 
 from foveate.errors import FoveateError
 from foveate.registration import register_method, register_models
-from foveate.registry import METHODS, Method, Pair, pairs
+from foveate.registry import METHODS, Method, Pair, all_pairs, pairs
 
 
 if TYPE_CHECKING:  # what is imported when it is asked for
     from foveate.conversion.convert import convert
+    from foveate.conversion.in_memory import compress, uncompress
     from foveate.conversion.original_llava import import_original
     from foveate.conversion.shards import lab_folder
     from foveate.evaluation.ask import ask
@@ -37,6 +39,7 @@ __version__ = "0.2.0"
 _MODULES = {
     "AutoModelForVision2Seq": "foveate.modeling.compatibility",
     "ask": "foveate.evaluation.ask",
+    "compress": "foveate.conversion.in_memory",
     "convert": "foveate.conversion.convert",
     "evaluate": "foveate.evaluation.harness",
     "fast_dtype": "foveate.modeling.core.precision",
@@ -44,6 +47,7 @@ _MODULES = {
     "lab_folder": "foveate.conversion.shards",
     "load_lab": "foveate.lab",
     "train": "foveate.training.train",
+    "uncompress": "foveate.conversion.in_memory",
 }
 _FOLDERS = {"configuration", "conversion", "evaluation", "hub_cards", "lab", "modeling", "processing", "training"}
 
@@ -54,6 +58,7 @@ __all__ = [
     "Method",
     "Pair",
     "ask",
+    "compress",
     "convert",
     "evaluate",
     "fast_dtype",
@@ -62,12 +67,14 @@ __all__ = [
     "load_lab",
     "register_method",
     "train",
+    "uncompress",
 ]
 
 
-def _classes() -> dict[str, str]:
-    """The module of each class of the registry, to which methods may be added."""
-    return {reference.name: reference.module for pair in pairs() for reference in pair.references.values()}
+def _classes(found: Iterable[Pair] | None = None) -> dict[str, str]:
+    """The module of each class of the registry, to which methods may be added; or of some pairs."""
+    found = pairs() if found is None else found
+    return {reference.name: reference.module for pair in found for reference in pair.references.values()}
 
 
 __all__ += sorted(_classes())
@@ -76,7 +83,7 @@ __all__ += sorted(_classes())
 def __getattr__(name: str) -> Any:
     if name in _FOLDERS:
         return import_module(f"foveate.{name}")
-    module = _MODULES.get(name) or _classes().get(name)
+    module = _MODULES.get(name) or _classes().get(name) or _classes(all_pairs()).get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = globals()[name] = getattr(import_module(module), name)

@@ -113,15 +113,42 @@ def _options(
 
 
 @app.command()
-def methods() -> None:
+def methods(
+    backbones: Annotated[
+        bool, typer.Option("--backbones", help="List every model of the installed Transformers, and what works on it.")
+    ] = False,
+) -> None:
     """List the compression methods."""
     from foveate.registry import METHODS, pairs_of
 
+    if backbones:
+        _list_backbones()
+        return
     table = _table()
     for method in METHODS.values():
         names = ", ".join(backbone.title for backbone in pairs_of(method.name))
+        if method.kind == "sequence":
+            names += " and any other model with the same doors (--backbones)"
         training = "trained" if method.needs_training else "training-free"
         table.add_row(f"[bold]{method.name}[/]", f"{method.title}; on {names}; {training}\n{method.paper}")
+    Console().print(table)
+
+
+def _list_backbones() -> None:
+    """Of every `model_type` that has images and text, the methods that run on it, or why none does."""
+    _quiet()
+    from foveate.families import stock_families, why_unfit, writes_placeholders
+    from foveate.registry import BACKBONES, METHODS, pair_on
+
+    table = _table()
+    families = stock_families()
+    for model_type in sorted({*BACKBONES, *families}):
+        names = ", ".join(name for name in METHODS if pair_on(name, model_type) is not None)
+        if model_type in families and (reason := why_unfit(model_type)) is not None:
+            names = f"[dim]–: {reason}[/]"
+        elif model_type in families and not writes_placeholders(model_type):
+            names += "; the model alone, without a processor (foveate.compress)"
+        table.add_row(f"[bold]{model_type}[/]", names)
     Console().print(table)
 
 

@@ -7,6 +7,7 @@ the package and the checkpoint can't differ.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import threading
 from collections.abc import Iterable
@@ -17,7 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from foveate.registry import ClassReference, Pair
+from foveate.modeling.core.declarations import ClassReference
+from foveate.registry import Pair
 
 
 def module_source(pair: Pair, module: str) -> str:
@@ -45,7 +47,7 @@ def _settings(pair: Pair) -> ClassReference:
 
 def _configuration(pair: Pair) -> str:
     base = ClassReference("foveate.configuration.compression", "CompressionConfigMixin")
-    stock = ClassReference("transformers", f"{pair.backbone.stem}Config")
+    stock = pair.backbone.stock_class("config")
     declared: Any = pair.method.settings
     settings, classes = _settings(pair), []
     if settings != declared:
@@ -64,9 +66,10 @@ def _configuration(pair: Pair) -> str:
 
 def _processing(pair: Pair) -> str:
     backbone: Any = pair.backbone
-    name = backbone.mixin.module.rpartition(".")[2]
-    base = ClassReference(f"foveate.processing.{name}", f"{backbone.stem}CompressionProcessor")
-    bases = [base]
+    name, stock = backbone.mixin.module.rpartition(".")[2], backbone.stock_class("processor")
+    bases = [ClassReference(f"foveate.processing.{name}", f"{backbone.stem}CompressionProcessor")]
+    if name == "any" or importlib.util.find_spec(f"foveate.processing.{name}") is None:
+        bases = [ClassReference("foveate.processing.any", "AnyProcessorMixin"), stock]
     if pair.method.cuts_images:
         bases.insert(
             0, ClassReference(f"foveate.processing.{pair.method.stem.lower()}", f"{pair.method.stem}ProcessorMixin")
@@ -75,7 +78,7 @@ def _processing(pair: Pair) -> str:
         bases.insert(0, ClassReference("foveate.processing.question", "QuestionProcessorMixin"))
     settings, reference = _settings(pair), pair.references["processor"]
     attributes = {"settings_class": settings.name, "file_name": f'"{reference.module.rpartition(".")[2]}"'}
-    doc = f"`{backbone.stem}Processor` that writes the placeholders of {pair.method.title}."
+    doc = f"`{stock.name}` that writes the placeholders of {pair.method.title}."
     made = _class(reference.name, bases, doc, attributes)
     return _module(f"Processor of {_title(pair)}.", [*bases, settings], [made])
 
@@ -83,22 +86,19 @@ def _processing(pair: Pair) -> str:
 def _modeling(pair: Pair) -> str:
     method: Any = pair.method
     backbone: Any = pair.backbone
-    stock, stock_head = (
-        ClassReference("transformers", f"{backbone.stem}{end}") for end in ("Model", "ForConditionalGeneration")
-    )
+    stock, stock_head = (backbone.stock_class(kind) for kind in ("model", "head"))
     config, model, head = (pair.references[part] for part in ("config", "model", "generation"))
-    head_bases = [found for found in (backbone.generation_mixin, method.generation_mixin) if found is not None]
     config_class = {"config_class": config.name}
     classes = [
         _class(model.name, [method.mixin, backbone.mixin, stock], f"`{stock.name}` with {method.title}.", config_class),
         _class(
             head.name,
-            [*head_bases, stock_head],
+            [method.generation_mixin, stock_head],
             f"[`{model.name}`] with a language modeling head.",
             {**config_class, "model_class": model.name},
         ),
     ]
-    used = [config, method.mixin, backbone.mixin, *head_bases, stock, stock_head]
+    used = [config, method.mixin, backbone.mixin, method.generation_mixin, stock, stock_head]
     return _module(f"{_title(pair)}: the method and the backbone put together.", used, classes)
 
 

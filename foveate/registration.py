@@ -28,9 +28,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from foveate.modeling.core.declarations import Method
+from foveate.modeling.core.declarations import ClassReference, Method
 from foveate.pairs import find_pairs
-from foveate.registry import BACKBONES, METHODS, ClassReference, Pair, pairs, pairs_of
+from foveate.registry import BACKBONES, METHODS, Pair, all_pairs, pairs, pairs_of
 
 
 class StandIn(type):
@@ -81,6 +81,8 @@ def _register_config(auto: ModuleType, pair: Pair) -> None:
 
 
 def _register_processor(auto: ModuleType, pair: Pair) -> None:
+    if "processor" not in pair.references:
+        return
     auto.AutoProcessor.register(_class_of(pair, "config"), _class_of(pair, "processor"), exist_ok=True)
 
 
@@ -145,6 +147,8 @@ def _on_import(module: ModuleType) -> None:
         return
     with _lock:
         _imported[name] = module
+        if name in _REGISTER:
+            know_found_families()
         found = [_PAIRS[name]] if name in _PAIRS else set(_PAIRS.values())
         for pair in found:
             for auto in _REGISTER if name in _PAIRS else [name]:
@@ -183,6 +187,8 @@ class _Watcher(MetaPathFinder):
     """Lets the other finders find a watched module, and wraps its loader."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname.startswith(_OF_PAIRS) and fullname not in _PAIRS:
+            know_found_families()
         if fullname not in _WATCHED and fullname not in _PAIRS:
             return None
         for finder in sys.meta_path:
@@ -196,6 +202,9 @@ class _Watcher(MetaPathFinder):
         return None
 
 
+#: What the names of the modules of pairs begin with.
+_OF_PAIRS = tuple(f"foveate.{folder}.{folder}_" for folder in ("configuration", "processing", "modeling"))
+
 _WATCHED = frozenset({*_REGISTER, _BASE_OF_MODELS, _KEY_MAPPING})
 _watcher = _Watcher()
 
@@ -208,6 +217,18 @@ def register_models() -> None:
     sys.meta_path.insert(0, _watcher)
     for name in _WATCHED & sys.modules.keys():
         _on_import(import_module(name))  # waits for a thread that is importing it
+
+
+def know_found_families() -> None:
+    """Registers what methods make of families of Transformers that have no file here. The tables that name them are
+    read when somebody looks for a model, not before."""
+    with _lock:
+        if not _found:
+            _found.extend(pair for pair in all_pairs() if pair.references["config"].module not in _PAIRS)
+            register_pairs(_found)
+
+
+_found: list[Pair] = []
 
 
 def register_pairs(found: Iterable[Pair]) -> None:
@@ -246,4 +267,7 @@ def register_method(method: Method) -> Method:
     }
     METHODS[method.name] = replace(method, **references)
     register_pairs(pairs_of(method.name))
+    if _found:
+        _found.clear()
+        know_found_families()
     return METHODS[method.name]

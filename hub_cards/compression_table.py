@@ -10,8 +10,14 @@ from typing import Any
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from foveate.errors import FoveateError
-from foveate.modeling.core.account import DEFAULT_TEXT_TOKENS, Account, account_of, default_image_size
-from foveate.registry import pairs
+from foveate.modeling.core.account import (
+    DEFAULT_TEXT_TOKENS,
+    Account,
+    account_of,
+    default_image_size,
+    require_known_towers,
+)
+from foveate.registry import pair_of_model_type
 from foveate.units import show_flops, show_size
 
 
@@ -26,8 +32,9 @@ def table_of(folder: Path) -> str:
         folder: a compressed checkpoint; its `config.json` and its processor's limits are read.
     """
     config = read_compressed_config(folder)
-    title = "any" if not _has_sizes(config) else "{}x{}"
     try:
+        require_known_towers(config)
+        title = "any" if not _has_sizes(config) else "{}x{}"
         rows = [_row(config, size, title.format(*size)) for size in image_sizes(config, folder)]
     except FoveateError as error:
         return f"Not accounted for: {error}"
@@ -41,10 +48,10 @@ def table_of(folder: Path) -> str:
 def read_compressed_config(folder: Path) -> Any:
     """The config of a compressed checkpoint, by its own class. Raises `FoveateError`."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    classes = {backbone.model_type: backbone.config_class for backbone in pairs()}
-    if content.get("model_type") not in classes:
+    pair = pair_of_model_type(content.get("model_type"))
+    if pair is None:
         raise FoveateError(f"{folder} is no compressed checkpoint: its model_type is '{content.get('model_type')}'.")
-    return classes[content["model_type"]].from_dict(content)  # type: ignore[attr-defined]
+    return pair.config_class.from_dict(content)
 
 
 def image_sizes(config: Any, folder: Path) -> list[tuple[int, int]]:

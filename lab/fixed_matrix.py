@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -21,6 +20,7 @@ from rich.progress import track
 from foveate.errors import FoveateError
 from foveate.evaluation.harness import open_checkpoint
 from foveate.evaluation.picture import draw_compression, seen_image
+from foveate.modeling.compatibility import image_features_output
 from foveate.modeling.core.exact import SequenceModelMixin
 from foveate.modeling.core.outputs import TokenProvenance
 from foveate.modeling.core.precision import dtype_name
@@ -99,7 +99,7 @@ def fit_matrix(
     model.requires_grad_(False)
     for _ in track(range(steps), "matrix", console=Console(stderr=True), disable=not progress):
         matrix = raw.softmax(-1)
-        tokens: Any = SimpleNamespace(pooler_output=[matrix.to(sequence.dtype) @ sequence])
+        tokens = image_features_output([matrix.to(sequence.dtype) @ sequence])
         student, _ = answer_logits(model, text, {"mm_encoder_outputs": {"image": tokens}})
         terms = {"prediction": prediction_loss(teacher, student), "entropy": entropy_loss([matrix[None]])}
         optimizer.zero_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from inspect import signature as signature_of
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import torch
 import transformers
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
-from transformers.models.qwen3_vl import modeling_qwen3_vl
+from transformers.utils import ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.import_utils import is_mamba_ssm_available
 
@@ -122,6 +122,12 @@ def image_fields(sequences: Sequence[torch.Tensor] | None) -> dict[str, Any]:
     return {"image_hidden_states": torch.cat(list(sequences))}
 
 
+def missing_image_fields(output: Any, tokens: torch.Tensor) -> dict[str, Any]:
+    """The visual tokens of all images as a field of a stock output, where it has none for them: 4.57's Qwen3-VL."""
+    known = type(output).__dataclass_fields__
+    return {} if "image_outputs" in known or "image_hidden_states" in known else {"image_hidden_states": tokens}
+
+
 def visual_tokens_of(output: Any) -> torch.Tensor:
     """The visual tokens in the output of a model, compressed or stock: (tokens of all images, width)."""
     if "image_outputs" in output:
@@ -129,11 +135,17 @@ def visual_tokens_of(output: Any) -> torch.Tensor:
     return output.image_hidden_states
 
 
-def register_key_mapping(model_class: Any, generation_class: Any, own_keys: tuple[str, ...]) -> None:
+def register_key_mapping(
+    model_class: Any, generation_class: Any, own_keys: tuple[str, ...], names_vision_model: bool
+) -> None:
     """Lets a custom class read and write the published names of its base model's weights.
 
-    The base's weights are on disk as the hub has them (`language_model.model.…`, `vision_tower.vision_model.…`), the
-    method's own (`own_keys`: first parts of their names) beside them at top level.
+    The base's weights are on disk as the hub has them (`language_model.model.…`, say), the method's own (`own_keys`:
+    first parts of their names) beside them at top level.
+
+    Args:
+        names_vision_model: whether published names have `vision_model.` in those of the vision tower, which the stock
+            table leaves to the order of events.
     """
     if register_checkpoint_conversion_mapping is None:  # 4.57
         generation_class._checkpoint_conversion_mapping = {
@@ -141,20 +153,39 @@ def register_key_mapping(model_class: Any, generation_class: Any, own_keys: tupl
             **{f"^{key}": f"model.{key}" for key in own_keys},
         }
         return
-    model_type = generation_class.config_class.model_type
     stock_config = next(c for c in generation_class.config_class.__mro__ if c.__module__.startswith("transformers."))
-    renamings = get_checkpoint_conversion_mapping(stock_config.model_type)
-    # The stock table leaves it to the order of events whether `vision_model.` is written; published names have it.
-    renamings = [renaming for renaming in renamings if renaming.source_patterns != ["^vision_tower"]]
-    renamings += [WeightRenaming(r"^vision_tower\.vision_model", "model.vision_tower")]
+    renamings = get_checkpoint_conversion_mapping(stock_config.model_type) or []
+    if names_vision_model:
+        renamings = [renaming for renaming in renamings if renaming.source_patterns != ["^vision_tower"]]
+        renamings += [WeightRenaming(r"^vision_tower\.vision_model", "model.vision_tower")]
     renamings += [WeightRenaming(source_patterns=f"^{key}", target_patterns=f"model.{key}") for key in own_keys]
-    register_checkpoint_conversion_mapping(model_type, renamings, overwrite=True)
-    base_class_name = next(
-        c.__name__ for c in model_class.__mro__ if c is not model_class and c.__name__.endswith("Model")
-    )
-    class_renamings = get_checkpoint_conversion_mapping(base_class_name)
-    if class_renamings is not None:
-        register_checkpoint_conversion_mapping(model_class.__name__, class_renamings, overwrite=True)
+    register_checkpoint_conversion_mapping(generation_class.config_class.model_type, renamings, overwrite=True)
+    for custom in (model_class, generation_class):
+        stock = next(c for c in custom.__mro__ if c.__module__.startswith("transformers.models."))
+        of_class = get_checkpoint_conversion_mapping(stock.__name__)
+        if of_class is not None:
+            register_checkpoint_conversion_mapping(custom.__name__, of_class, overwrite=True)
+
+
+class PositionsByModelMixin(MixedIn):
+    """Mixed into a model that generates, before the Transformers class: if `lays_out_positions`, its `forward` makes
+    position ids, and `generate` prepares none but those that it was given. ≥ 5.19 prepares them beforehand, 4.57 with
+    every step."""
+
+    @property
+    def lays_out_positions(self) -> bool:
+        raise NotImplementedError
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        if self.lays_out_positions:
+            return None
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if self.lays_out_positions and kwargs.get("position_ids") is None:
+            inputs.pop("position_ids", None)
+        return inputs
 
 
 class AsksForPlaceholdersMixin:
@@ -174,6 +205,14 @@ class AsksForPlaceholdersMixin:
         found.update(pixels)
         groups = (kwargs, kwargs.get("text_kwargs") or {}, kwargs.get("common_kwargs") or {})
         return found.convert_to_tensors(next((g["return_tensors"] for g in groups if "return_tensors" in g), None))
+
+
+def image_options(processor: Any, **kwargs: Any) -> dict[str, Any]:
+    """What a processor's call with these arguments gives its image processor. Before 5.23 the method that knows has to
+    be told the class of the arguments."""
+    merge = processor._merge_kwargs
+    first = (processor.valid_processor_kwargs,) if "ModelProcessorKwargs" in signature_of(merge).parameters else ()
+    return merge(*first, tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **kwargs)["images_kwargs"]
 
 
 _IMAGE_OPTIONS = ("do_resize", "max_pixels", "min_pixels", "size")  # those of `images_kwargs` that may stand outside it
@@ -230,24 +269,122 @@ def run_attention(
     return mixed.flatten(2)
 
 
-def image_features_output(sequences: list[torch.Tensor], deepstack: Sequence[torch.Tensor] = ()) -> Any:
-    """What `get_image_features` returns: a list of (tokens, width) in 4.57, with what DeepStack adds beside it in a
-    tuple; an output object around them in ≥ 5.0.
+def image_sequences(features: Any) -> list[torch.Tensor]:
+    """The visual tokens of each image, (tokens, width), in what `get_image_features` returned: a list or a tuple in
+    4.57, with what DeepStack adds beside it in a tuple; in ≥ 5.0 `pooler_output` of an output, which may be a tensor
+    where all have one length."""
+    if hasattr(features, "pooler_output"):
+        features = features.pooler_output
+    elif _has_deepstack_beside(features):
+        features = features[0]
+    return list(features)
+
+
+def are_stacked(features: Any) -> bool:
+    """Whether `get_image_features` returned the visual tokens of its images in one tensor, which its `forward` needs
+    then."""
+    return torch.is_tensor(getattr(features, "pooler_output", None))
+
+
+def deepstack_layers(features: Any) -> list[torch.Tensor]:
+    """What DeepStack adds in each of the first layers, (tokens of all images, width), in the same; none where the model
+    has no such thing. ≥ 5.0 has `deepstack_features`, where a layer may be split by images, and may come with its
+    number."""
+    if _has_deepstack_beside(features):
+        return list(features[1])
+    layers = getattr(features, "deepstack_features", None) or []
+    return [_of_layer(layer) for layer in layers]
+
+
+def _has_deepstack_beside(features: Any) -> bool:
+    return isinstance(features, tuple) and bool(features) and not torch.is_tensor(features[0])
+
+
+def _of_layer(layer: Any) -> torch.Tensor:
+    if torch.is_tensor(layer):
+        return layer
+    if isinstance(layer[0], int):
+        layer = layer[1]
+    return layer if torch.is_tensor(layer) else torch.cat(list(layer))
+
+
+def image_features_output(
+    sequences: list[torch.Tensor],
+    deepstack: Sequence[torch.Tensor] = (),
+    stock_class: Any = None,
+    stock: Any = None,
+    stacked: bool = False,
+    output_class: Callable[[Any], Any] = lambda known: known,
+    **more: Any,
+) -> Any:
+    """The other way round: what `get_image_features` returns of these visual tokens.
 
     Args:
         sequences: the visual tokens of each image.
         deepstack: for each of the first layers what is added there, (tokens of all images, width).
+        stock_class: of the model, where there is something added.
+        stock: what it returned, whose form the result has, where it returned something.
+        stacked: whether the model has the visual tokens of its images in one tensor.
+        output_class: in ≥ 5.0, makes the result's class of the stock one's; it has the fields `more`.
     """
     if not TRANSFORMERS_5:
         return (sequences, list(deepstack)) if deepstack else sequences
-    if not deepstack:
-        return BaseModelOutputWithPooling(pooler_output=sequences)  # type: ignore[arg-type]
+    if stacked:
+        sequences = torch.stack(sequences)  # type: ignore[assignment]
+    fields: dict[str, Any] = {"pooler_output": sequences, **more}
+    known = BaseModelOutputWithPooling if stock is None else type(stock)
+    if deepstack:
+        lengths = [len(tokens) for tokens in sequences]
+        if stock is not None:
+            layers = stock.deepstack_features
+        else:
+            known = _deepstack_output(stock_class)
+            # Whose `forward` takes such an output splits these by images as well.
+            layers = [() if takes_encoded_images(stock_class) else deepstack[0]] * len(deepstack)
+        fields["deepstack_features"] = [_like_layer(layer, new, lengths) for layer, new in zip(layers, deepstack)]
+    return output_class(known)(**{**(stock or {}), **fields})
+
+
+def _deepstack_output(stock_class: Any) -> Any:
+    """The class of a model's output of images that DeepStack adds something of."""
+    return next(c for c in output_classes(stock_class) if "deepstack_features" in c.__dataclass_fields__)
+
+
+def _like_layer(before: Any, layer: torch.Tensor, lengths: list[int]) -> Any:
+    if torch.is_tensor(before):
+        return layer
+    if before and isinstance(before[0], int):
+        return (before[0], _like_layer(before[1], layer, lengths))
+    return layer.split(lengths)
+
+
+def take_image_features(features: Any, chosen: list[int], per_image: Sequence[str]) -> Any:
+    """What `get_image_features` returned in ≥ 5.0, of some of its images.
+
+    Args:
+        per_image: its fields with an entry an image, beside the tokens.
+    """
+    fields = {name: [features[name][index] for index in chosen] for name in per_image if name in features}
+    sequences = image_sequences(features)
     lengths = [len(tokens) for tokens in sequences]
-    # ≥ 5.23, whose `forward` takes such an output, splits these by images as well.
-    split = "mm_encoder_outputs" in signature_of(modeling_qwen3_vl.Qwen3VLModel.forward).parameters
-    features = [layer.split(lengths) if split else layer for layer in deepstack]
-    output_class: Any = modeling_qwen3_vl.BaseModelOutputWithDeepstackFeatures
-    return output_class(pooler_output=sequences, deepstack_features=features)
+    layers = [layer.split(lengths) for layer in deepstack_layers(features)]
+    taken = [torch.cat([layer[index] for index in chosen]) for layer in layers]
+    tokens = [sequences[index] for index in chosen]
+    stock = type(features)(**{**features, **fields})
+    return image_features_output(tokens, taken, stock=stock, stacked=are_stacked(features))
+
+
+def output_classes(stock_class: Any) -> list[Any]:
+    """The classes of outputs that a stock class says it returns."""
+    functions = (stock_class.forward, getattr(stock_class, "get_image_features", stock_class.forward))
+    said = [signature_of(function).return_annotation for function in functions]
+    found = [part for annotation in said for part in (annotation, *get_args(annotation))]
+    return [part for part in found if isinstance(part, type) and issubclass(part, ModelOutput)]
+
+
+def takes_encoded_images(stock_class: Any) -> bool:
+    """Whether a stock `forward` takes what `get_image_features` returned in place of pixels: most since 5.19."""
+    return "mm_encoder_outputs" in signature_of(stock_class.forward).parameters
 
 
 try:
@@ -257,23 +394,6 @@ except ImportError:  # before 5.22, where each model has it in its `forward`
     def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
         """(batch, length, width) at the last columns (0: all of them), or at the columns of the given indices."""
         return hidden_states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
-
-
-def stock_image_sequences(stock_class: Any, model: Any, **images) -> list[torch.Tensor]:
-    """The visual tokens that a stock class gives a model of each image, (tokens, width): the other way round."""
-    features = stock_class.get_image_features(model, **images)
-    return list(getattr(features, "pooler_output", features))
-
-
-def stock_deepstack_features(stock_class: Any, model: Any, **images) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The visual tokens that a stock Qwen3-VL gives a model of each image, (tokens, width), and for each of the first
-    layers what is added there, (tokens of all images, width). 4.57 returns a tuple; the newest 5.x split the latter by
-    images too."""
-    features = stock_class.get_image_features(model, **images)
-    if isinstance(features, tuple):
-        return list(features[0]), list(features[1])
-    layers = features.deepstack_features
-    return list(features.pooler_output), [x if torch.is_tensor(x) else torch.cat(list(x)) for x in layers]
 
 
 #: The name of gradient checkpointing in methods of models and in `TrainingArguments`: newer 5.x call it another.

@@ -11,7 +11,7 @@ from transformers import BatchFeature
 from transformers.image_utils import load_image
 from transformers.utils import logging
 
-from foveate.configuration.compression import MAX_ASPECT_RATIO, CompressionSettings
+from foveate.configuration.compression import MAX_ASPECT_RATIO, VIDEOS_ARE_NOT_TAKEN, CompressionSettings
 from foveate.modeling.core.compressed_image import CompressedImage
 
 
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+        def to_dict(self) -> dict[str, Any]: ...
+
+        def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str: ...
 
         from_pretrained: Any
 
@@ -79,7 +83,7 @@ class CompressionProcessorMixin(MixedIn):
         if text is None:
             raise ValueError("Pass `text` with the prompt beside `images`.")
         prompts = [text] if isinstance(text, str) else list(text)
-        images = _flatten(images)
+        images = flatten_images(images)
         num_images = [prompt.count(self.image_token) for prompt in prompts]
         if sum(num_images) != len(images):
             token = self.image_token
@@ -87,9 +91,11 @@ class CompressionProcessorMixin(MixedIn):
                 f"The prompts have {sum(num_images)} {token} placeholder(s) for {len(images)} image(s): "
                 f"write one {token} for every image."
             )
-        return [_readable(image) for image in images], prompts, num_images
+        return [readable(image) for image in images], prompts, num_images
 
     def _call_stock(self, images: list, prompts: list[str], **kwargs) -> Any:
+        if kwargs.pop("videos", None) is not None:
+            raise ValueError(VIDEOS_ARE_NOT_TAKEN)
         if any(isinstance(image, CompressedImage) for image in images):
             return self._call_on_compressed(images, prompts, **kwargs)
         return super().__call__(images=images or None, text=prompts, **kwargs)
@@ -109,16 +115,20 @@ class CompressionProcessorMixin(MixedIn):
         return BatchFeature({**found, "compressed_images": images})
 
 
-def _flatten(images) -> list:
+def flatten_images(images) -> list:
+    """Images however they are nested, in one list."""
     if images is None:
         return []
     if not isinstance(images, (list, tuple)):
         return [images]
-    return [image for item in images for image in _flatten(item) if image is not None]
+    return [image for item in images for image in flatten_images(item) if image is not None]
 
 
-def _readable(image):
-    """8-bit RGB as the image processor expects it. Raises `ValueError` for a picture that nothing could be seen in."""
+def readable(image):
+    """8-bit RGB as the image processor expects it, or all of a nested list. Raises `ValueError` for a picture that
+    nothing could be seen in."""
+    if isinstance(image, (list, tuple)):
+        return [readable(one) for one in image]
     if isinstance(image, str):  # an address, as in chats
         image = load_image(image)
     if not isinstance(image, Image.Image):

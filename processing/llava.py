@@ -42,5 +42,6 @@ class LlavaCompressionProcessor(CompressionProcessorMixin, LlavaProcessor):
     def set_compression(self, settings):
         crop = self.image_processor.crop_size
         num_patches = (crop["height"] // self.patch_size) * (crop["width"] // self.patch_size)
-        class_token = 1  # the stock formula takes it off again
+        # The stock formula takes the class token off again, where the vision tower has one.
+        class_token = int(self.vision_feature_select_strategy == "default")
         self.num_additional_image_tokens = settings.count_placeholders(num_patches) - num_patches + class_token

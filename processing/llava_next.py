@@ -46,7 +46,8 @@ class LlavaNextCompressionProcessor(CompressionProcessorMixin, LlavaNextProcesso
 
     def _get_number_of_features(self, orig_height: int, orig_width: int, height: int, width: int) -> int:
         """Tokens of an image of (orig_height, orig_width) pixels in tiles of (height, width), and one for the class
-        token, which the stock class takes off again."""
+        token, where the vision tower has one: the stock class takes it off again."""
         grid = tile_grid((orig_height, orig_width), self.image_processor.image_grid_pinpoints, height, self.patch_size)
         settings = self.settings_class.with_budget(self.num_visual_tokens, self.keep_ratio)
-        return settings.count_placeholders(*grid.patches_of_tiles(), num_separators=grid.num_newlines) + 1
+        number = settings.count_placeholders(*grid.patches_of_tiles(), num_separators=grid.num_newlines)
+        return number + int(self.vision_feature_select_strategy == "default")

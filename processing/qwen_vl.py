@@ -32,12 +32,6 @@ class Qwen3VLCompressionProcessor(CompressionProcessorMixin, AsksForPlaceholders
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
         self.num_visual_tokens, self.keep_ratio = num_visual_tokens or num_compressed, keep_ratio
 
-    def __call__(self, images=None, text=None, videos=None, **kwargs):
-        """As [`CompressionProcessorMixin`], and it refuses videos."""
-        if videos is not None:
-            raise ValueError("This model takes images, not videos yet: pass single frames as images.")
-        return super().__call__(images, text, **kwargs)
-
     def set_compression(self, settings):
         self.num_visual_tokens, self.keep_ratio = settings.budget
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 _LOW = frozenset({"errors", "units", "__version__"})
 _MODELS = _LOW | {"configuration", "modeling"}
-_CARDS = _MODELS | {"processing", "registry"}
+_CARDS = _MODELS | {"processing", "registry", "families"}
 _CONVERSION = _CARDS | {"hub_cards"}
 
 #: What the modules of a folder may import of the package beside their own folder. The lab, the command, the package's

@@ -16,7 +16,7 @@ class LlavaNextBackboneMixin(AnyBackboneMixin):
     """On LLaVA-NeXT."""
 
     visual_inputs = ("pixel_values", "image_sizes")
-    publishes_short_names = True
+    names_vision_model = True
 
     def _tile_grids(self, image_sizes: torch.Tensor) -> list[TileGrid]:
         """Of images of (height, width) pixels, (images, 2)."""

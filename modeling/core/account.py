@@ -42,8 +42,7 @@ from foveate.modeling.compatibility import (
     cache_argument,
     cache_of,
     cache_positions,
-    stock_deepstack_features,
-    stock_image_sequences,
+    image_sequences,
 )
 from foveate.modeling.core.base import CompressedModelMixin, stock_class
 from foveate.modeling.layers.tiles import tile_grid
@@ -122,7 +121,7 @@ def account_of(config: Any, image_size: tuple[int, int], text_tokens: int, uncom
     Raises:
         FoveateError: towers that the account doesn't know, an image that can't be seen.
     """
-    _require_known_towers(config)
+    require_known_towers(config)
     _require_visible(image_size)
     model = model_without_values(stock_config(config) if uncompressed else config)
     image = getattr(_declared_by_method(model), "count_image", count_image)(model, _inputs_of(model, image_size))
@@ -161,9 +160,7 @@ def count_image(model: Any, inputs: Mapping[str, torch.Tensor]) -> ImageAccount:
                 f"What the method '{method}' costs can't be counted without values ({first_sentence(error)}): declare "
                 "count_image in a module beside the method's (see foveate.modeling.core.account)."
             ) from error
-    if hasattr(model.config.vision_config, "deepstack_visual_indexes"):
-        return count_reading(model, lambda: map(len, stock_deepstack_features(type(model), model, **inputs)[0]))
-    return count_reading(model, lambda: map(len, stock_image_sequences(type(model), model, **inputs)))
+    return count_reading(model, lambda: map(len, image_sequences(model.get_image_features(**inputs))))
 
 
 def count_reading(model: Any, read: Callable[[], Iterable[int]]) -> ImageAccount:
@@ -424,7 +421,8 @@ def _declared_by_method(model: Any) -> Any:
     return next((found for base in bases if (found := declared_beside(base.__module__)) is not None), None)
 
 
-def _require_known_towers(config: Any) -> None:
+def require_known_towers(config: Any) -> None:
+    """Raises `FoveateError` where a model has parts that there is no account of."""
     vision = getattr(getattr(config, "vision_config", None), "model_type", None)
     language = getattr(getattr(config, "text_config", None), "model_type", None)
     if vision not in _VISION_TOWERS or language not in _LANGUAGE_MODELS:

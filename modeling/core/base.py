@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PretrainedConfig
 
-from foveate.modeling.compatibility import MixedIn, register_key_mapping, slice_logits_to_keep
+from foveate.modeling.compatibility import MixedIn, output_classes, register_key_mapping
 from foveate.modeling.core.compressed_image import CompressedImage
 from foveate.modeling.core.loading import (
     base_of,
@@ -29,7 +29,7 @@ from foveate.modeling.core.loading import (
     read_all_tensors,
     read_generation_config,
 )
-from foveate.modeling.core.outputs import CodeWriter, CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast
+from foveate.modeling.core.outputs import WITH_PLACES, WITH_PROVENANCE, CodeWriter, extended
 
 
 class SavedCompressionMixin(MixedIn):
@@ -70,6 +70,10 @@ class SavedCompressionMixin(MixedIn):
         if self.code_writer is not None:
             type(self).code_writer(type(self), save_directory)
 
+    def _returned(self, output: Any, return_dict: bool | None) -> Any:
+        wanted = self.config.return_dict if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
+
     def set_compression(self, processor: Any = None, keep_ratio: float | None = None, **changes) -> None:
         """Changes settings of the compression on this model, and on its processor, without converting again.
 
@@ -98,8 +102,8 @@ class CompressedModelMixin(SavedCompressionMixin):
     #: Why a visual token is there, in the order of [`TokenProvenance`]'s `roles`: nothing of a discarded patch is left.
     role_names: ClassVar[tuple[str, ...]] = ("discarded", "kept")
 
-    #: Inputs that images come in, the pixels first: of the backbone.
-    visual_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    #: Inputs that images come in, the pixels first: of the backbone, or else what the stock `get_image_features` takes.
+    visual_inputs: ClassVar[tuple[str, ...]] = ()
 
     #: Inputs with one entry an image that a method adds to them.
     guiding_inputs: ClassVar[tuple[str, ...]] = ()
@@ -110,8 +114,10 @@ class CompressedModelMixin(SavedCompressionMixin):
     #: Arguments of the stock `forward` that are not taken here.
     unused_inputs: ClassVar[frozenset[str]] = frozenset({"vision_feature_layer", "vision_feature_select_strategy"})
 
-    #: Whether the published names of the weights lack the "model." that a method's own are saved without as well.
-    publishes_short_names: ClassVar[bool] = False
+    #: Whether a method's own weights are saved without the "model." before their names, and whether the published names
+    #: of the vision tower's have "vision_model.": of the backbone.
+    publishes_short_names: ClassVar[bool] = True
+    names_vision_model: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -119,6 +125,12 @@ class CompressedModelMixin(SavedCompressionMixin):
         if stock is None:
             return
         cls.full_precision = (*SavedCompressionMixin.full_precision, *cls.added_modules)
+        if not cls.visual_inputs:
+            taken = signature_of(stock.get_image_features).parameters.values()
+            names = [p.name for p in taken if p.kind is not Parameter.VAR_KEYWORD and p.name not in cls.unused_inputs]
+            cls.visual_inputs = tuple(names[1:])
+        for output_class in output_classes(stock):
+            extended(output_class, WITH_PROVENANCE), extended(output_class, WITH_PLACES)
         own = (*cls.guiding_inputs, *cls.image_substitutes, "output_compression")
         signature = _signature(stock.forward, own, cls.unused_inputs)
         cls.forward = _with_signature(cls.forward, signature)
@@ -162,10 +174,6 @@ class CompressedModelMixin(SavedCompressionMixin):
         token = torch.tensor(image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def _returned(self, output: Any, return_dict: bool | None) -> Any:
-        wanted = self.config.return_dict if return_dict is None else return_dict
-        return output if wanted else output.to_tuple()
-
 
 class CompressedGenerationMixin(SavedCompressionMixin):
     """Mixed into the model with a head, before the Transformers class.
@@ -189,7 +197,7 @@ class CompressedGenerationMixin(SavedCompressionMixin):
         images = _signature_of_images((*model.visual_inputs, *model.guiding_inputs))
         cls.get_image_features = _with_signature(cls.get_image_features, images)
         if model.publishes_short_names:
-            register_key_mapping(model, cls, model.added_modules)
+            register_key_mapping(model, cls, model.added_modules, model.names_vision_model)
 
     def __init__(self, config):
         super().__init__(config)
@@ -206,48 +214,6 @@ class CompressedGenerationMixin(SavedCompressionMixin):
         model = self.model_class
         stored = tuple(name for name in model.image_substitutes if name == "compressed_images")
         return (*model.visual_inputs, *model.guiding_inputs, *stored)
-
-    def forward(
-        self,
-        labels: torch.LongTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        return_dict: bool | None = None,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        **kwargs,
-    ) -> CompressedCausalLMOutputWithPast | tuple:
-        """
-        Args:
-            labels: (batch, columns), −100 where no loss is wanted.
-            logits_to_keep: the number of last columns (0: all), or their indices.
-            kwargs: as in the model without a head.
-        """
-        output = self.model(return_dict=True, **kwargs)
-        logits = self.lm_head(slice_logits_to_keep(output.last_hidden_state, logits_to_keep))
-        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
-        return self._with_logits(output, loss, logits, return_dict)
-
-    def _loss(
-        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None
-    ) -> torch.Tensor:
-        return self.loss_function(
-            logits=logits,
-            labels=labels,
-            vocab_size=self.config.get_text_config().vocab_size,
-            num_items_in_batch=num_items_in_batch,
-        )
-
-    def _with_logits(
-        self,
-        output: CompressedModelOutputWithPast,
-        loss: Any,
-        logits: Any,
-        return_dict: bool | None,
-    ) -> CompressedCausalLMOutputWithPast | tuple:
-        """The output of the model with a head, of what the model without one returned."""
-        shared = {name: value for name, value in output.items() if name not in ("last_hidden_state", *_INTERNAL)}
-        causal = CompressedCausalLMOutputWithPast(loss=loss, logits=logits, **shared)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return causal if return_dict else causal.to_tuple()
 
     def get_image_features(self, **images):
         """See the model without a head."""
@@ -267,9 +233,6 @@ class CompressedGenerationMixin(SavedCompressionMixin):
         if processor is not None:
             processor.set_compression(settings)
         return None
-
-
-_INTERNAL = ("physical_sequence",)
 
 
 def stock_class(cls: type) -> Any:

@@ -24,9 +24,10 @@ class CompressedImage:
             They belong to the text that came before the image.
         prefix: (length,), the ids of that text.
         before: digest of the image before it in that text, "" for the first.
-        grid: height and width in tokens, where position ids need them.
+        extent: how far the text after it is from where it begins, where position ids need that.
         deepstack: (layers, tokens, width), what is added in the first layers of a language model that reads such.
-        places: (tokens, 2), row and column of every token in the grid, where position ids need them.
+        stacked: whether the model has the tokens of several images in one tensor.
+        places: (tokens, dimensions), where every token lies in the image, where position ids need that.
     """
 
     method: str
@@ -36,9 +37,10 @@ class CompressedImage:
     values: torch.Tensor | None = None
     prefix: torch.Tensor | None = None
     before: str = ""
-    grid: tuple[int, int] | None = None
+    extent: int | None = None
     deepstack: torch.Tensor | None = None
     places: torch.Tensor | None = None
+    stacked: bool = False
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -74,7 +76,7 @@ class CompressedImage:
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file."""
-        facts = {name: getattr(self, name) for name in ("method", "num_placeholders", "before", "grid")}
+        facts = {name: getattr(self, name) for name in ("method", "num_placeholders", "before", "extent", "stacked")}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         save_file(tensors, path, metadata={"format": "pt", "compressed_image": json.dumps(facts)})
 
@@ -87,5 +89,6 @@ class CompressedImage:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is not a compressed image: write it with `CompressedImage.save`.") from error
-        grid = facts.pop("grid")
-        return cls(**facts, grid=None if grid is None else tuple(grid), **tensors)
+        if (grid := facts.pop("grid", None)) is not None:  # 0.1 wrote height and width, of ETC
+            facts["extent"] = max(grid)
+        return cls(**facts, **tensors)

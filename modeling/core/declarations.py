@@ -7,8 +7,19 @@ Each stands in the file of what it describes, as one call with literal values an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class ClassReference(NamedTuple):
+    """A class by the module that it is in and its name."""
+
+    module: str
+    name: str
+
+    def load(self) -> type:
+        return getattr(importlib.import_module(self.module), self.name)
 
 
 @dataclass(frozen=True)
@@ -20,14 +31,20 @@ class Backbone:
         stem: what the names of their classes begin with: `LlavaNext` of `LlavaNextModel`, `LlavaNextConfig`, …
         title: for readers.
         mixin: what differs from other backbones in the model without a head.
-        generation_mixin: and in the one with a head; `None`: nothing.
+        stock: names of its stock classes that are not the stem and the usual end: of "config", "model" (without a
+            head), "head" (the model with one) and "processor"; "" for one that there is not.
     """
 
     model_type: str
     stem: str
     title: str
     mixin: Any
-    generation_mixin: Any = None
+    stock: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def stock_class(self, kind: str) -> ClassReference:
+        """One of its stock classes; see `stock`."""
+        ends = {"config": "Config", "model": "Model", "head": "ForConditionalGeneration", "processor": "Processor"}
+        return ClassReference("transformers", self.stock.get(kind, f"{self.stem}{ends[kind]}"))
 
 
 @dataclass(frozen=True)

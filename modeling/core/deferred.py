@@ -19,18 +19,66 @@ from foveate.modeling.compatibility import (
     cache_positions,
     checkpoints_activations,
     fields_with_cache,
+    slice_logits_to_keep,
     takes_cache,
 )
 from foveate.modeling.core.base import CompressedGenerationMixin, CompressedModelMixin
 from foveate.modeling.core.cache import LogicalCache
 from foveate.modeling.core.image_inputs import ImageInputsMixin
-from foveate.modeling.core.outputs import CompressedModelOutputWithPast
+from foveate.modeling.core.outputs import CompressedCausalLMOutputWithPast, CompressedModelOutputWithPast
+from foveate.modeling.core.positions import lay_out_columns
+
+
+_INTERNAL = ("physical_sequence",)  # of an output: for the class with a head
 
 
 class DeferredGenerationMixin(ImageInputsMixin, CompressedGenerationMixin):
     """Mixed into the model with a head, before the Transformers class."""
 
     _can_compile_fullgraph = False
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        return None  # `forward` makes them
+
+    def forward(
+        self,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> CompressedCausalLMOutputWithPast | tuple:
+        """
+        Args:
+            labels: (batch, columns), −100 where no loss is wanted.
+            logits_to_keep: the number of last columns (0: all), or their indices.
+            kwargs: as in the model without a head.
+        """
+        output = self.model(return_dict=True, **kwargs)
+        logits = self.lm_head(slice_logits_to_keep(output.last_hidden_state, logits_to_keep))
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        return self._with_logits(output, loss, logits, return_dict)
+
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.get_text_config().vocab_size,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+    def _with_logits(
+        self,
+        output: CompressedModelOutputWithPast,
+        loss: Any,
+        logits: Any,
+        return_dict: bool | None,
+    ) -> CompressedCausalLMOutputWithPast | tuple:
+        """The output of the model with a head, of what the model without one returned."""
+        shared = {name: value for name, value in output.items() if name not in ("last_hidden_state", *_INTERNAL)}
+        return self._returned(CompressedCausalLMOutputWithPast(loss=loss, logits=logits, **shared), return_dict)
 
     @takes_cache
     def prepare_inputs_for_generation(self, input_ids, cache=None, **kwargs):
@@ -90,8 +138,9 @@ class OwnPositionsModelMixin(DeferredModelMixin):
     them."""
 
     def _position_ids(self, positions: torch.Tensor) -> torch.Tensor:
-        """(dimensions, batch, columns), or one for all dimensions, as the language model takes them."""
-        return positions[0]
+        """(axes, batch, columns), or one for all axes, as the language model takes them."""
+        axes = self.num_position_axes
+        return positions[0] if axes == 1 else positions.expand(axes, -1, -1)
 
     def _check_text_alone(self, input_ids: torch.Tensor | None, cache: LogicalCache | None) -> None:
         begins = cache is None or cache.logical_length == 0  # later a guess of an assistant's may look like an image
@@ -123,7 +172,7 @@ class OwnPositionsModelMixin(DeferredModelMixin):
         sequence = build_physical_sequence(inputs_embeds, present, cache)
         if positions is None:
             there = torch.ones(batch_size, length, dtype=torch.bool, device=device) if present is None else present
-            positions = line_positions(there)
+            positions, _ = lay_out_columns(there)
         if cache is not None:
             positions = positions + cache.next_positions(batch_size, device)
         past = 0 if cache is None else cache.physical_length
@@ -247,28 +296,3 @@ def build_physical_sequence(
         position_ids = torch.arange(source.shape[1] - length, source.shape[1], device=source.device)
         position_ids = position_ids.expand(batch_size, -1)
     return PhysicalSequence(inputs_embeds, attention_mask, position_ids, shrunk, num_columns, source, has_gaps)
-
-
-def line_positions(present: torch.Tensor) -> torch.Tensor:
-    """Position ids that count every column, (1, batch, columns), from 0 in each row.
-
-    Args:
-        present: (batch, columns) bool, which are no padding.
-    """
-    return (present.long().cumsum(1) - 1).clamp(min=0)[None]
-
-
-def grid_positions(
-    present: torch.Tensor, is_visual: torch.Tensor, places: torch.Tensor, extents: torch.Tensor
-) -> torch.Tensor:
-    """Qwen's position ids in time, height and width, (3, batch, columns), from 0 in each row: an image's tokens lie at
-    their places in its grid, all at one time; text goes on after the largest of them.
-
-    Args:
-        present, is_visual: (batch, columns) bool.
-        places: (2, batch, columns), row and column of a visual token in its image; 0 elsewhere.
-        extents: (batch, columns), the longer side of an image's grid at its last visual token; 0 at its others.
-    """
-    step = torch.where(is_visual, extents, 1) * present
-    base = step.cumsum(1) - step
-    return torch.stack([base, base + places[0], base + places[1]])

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from foveate.modeling.compatibility import CACHE, MixedIn, cache_argument, takes_cache
-from foveate.modeling.core.outputs import Images
+from foveate.modeling.compatibility import CACHE, MixedIn, cache_argument, take_image_features, takes_cache
+from foveate.modeling.core.outputs import WITH_PLACES, Images
 
 
 class ImageInputsMixin(MixedIn):
@@ -140,6 +140,4 @@ def _take_encoded(encoded: dict[str, Any], chosen: torch.Tensor | None) -> dict[
         return encoded
     if len(chosen) == 0:
         return None
-    image = encoded["image"]
-    features = [image.pooler_output[index] for index in chosen.tolist()]
-    return {**encoded, "image": type(image)(pooler_output=features)}
+    return {**encoded, "image": take_image_features(encoded["image"], chosen.tolist(), WITH_PLACES)}

@@ -62,13 +62,10 @@ class BaselineModelMixin(SequenceModelMixin):
     """Which of the three it is, the settings say."""
 
     def image_keys(self, images, num_images):
-        pixel_values = images["pixel_values"]
-        if self.config.compression.method != "random" or pixel_values is None:
+        if self.config.compression.method != "random" or images["pixel_values"] is None:
             return super().image_keys(images, num_images)
-        if (grids := images.get("image_grid_thw")) is None:
-            return image_keys(pixel_values)
-        patches = pixel_values.split(grids.prod(-1).tolist())  # those of all images lie in one tensor
-        return torch.cat([image_keys(of_image[None]) for of_image in patches])
+        pixels = self.pixels_of(images, num_images)
+        return image_keys(pixels) if torch.is_tensor(pixels) else torch.cat([image_keys(one[None]) for one in pixels])
 
     def choose_tokens(self, sequences, num_tokens, keys):
         settings, (batch, length, _) = self.config.compression, sequences.shape

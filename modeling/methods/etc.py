@@ -30,8 +30,9 @@ from foveate.modeling.compatibility import (
 from foveate.modeling.core.cache import EvictingCache, LogicalCache
 from foveate.modeling.core.compressed_image import CompressedImage
 from foveate.modeling.core.declarations import Method
-from foveate.modeling.core.deferred import DeferredGenerationMixin, OwnPositionsModelMixin, line_positions
+from foveate.modeling.core.deferred import DeferredGenerationMixin, OwnPositionsModelMixin
 from foveate.modeling.core.outputs import CompressedModelOutputWithPast, Images, TokenProvenance, VisualTokens
+from foveate.modeling.core.positions import lay_out_columns
 from foveate.modeling.layers.decoder_attention import attention_over, watched_attention
 from foveate.modeling.methods.etc_algorithm import (
     CompressedTokens,
@@ -40,7 +41,7 @@ from foveate.modeling.methods.etc_algorithm import (
     bottleneck_mask,
     locate_columns,
     plan_passes,
-    positions_on_grids,
+    positions_by_places,
     take_entries,
 )
 
@@ -99,9 +100,11 @@ class ETCModelMixin(OwnPositionsModelMixin):
         self.config.compression = settings
         return settings
 
-    def positions_of(self, columns: ImageColumns, grids: torch.Tensor | None) -> torch.Tensor:
+    def positions_of(self, columns: ImageColumns, encoded: VisualTokens) -> torch.Tensor:
         """Position ids, (dimensions, batch, columns), from 0 in each row, on the host."""
-        return line_positions(columns.present) if grids is None else positions_on_grids(columns, grids)
+        if encoded.places is None or encoded.extents is None:
+            return lay_out_columns(columns.present)[0]
+        return positions_by_places(columns, encoded.places.cpu(), encoded.extents.cpu())
 
     def compress(
         self,
@@ -238,7 +241,7 @@ class ETCModelMixin(OwnPositionsModelMixin):
         else:
             inputs_embeds = self._fill_in_images(inputs_embeds, columns, encoded)
         device = inputs_embeds.device
-        positions = self.positions_of(columns, None if encoded.grids is None else encoded.grids.cpu()).to(device)
+        positions = self.positions_of(columns, encoded).to(device)
         if cache is not None:
             positions = positions + cache.next_positions(len(inputs_embeds), device)
         return ImagePrompt(inputs_embeds, columns, positions, encoded, compressed_images)
@@ -319,7 +322,7 @@ class ETCModelMixin(OwnPositionsModelMixin):
         self, cache: LogicalCache, prompt: ImagePrompt, input_ids: torch.Tensor
     ) -> list[CompressedImage]:
         """Takes the keys and values of Z out of the cache, one [`CompressedImage`] an image."""
-        columns, grids = prompt.columns, prompt.encoded.grids
+        columns, extents = prompt.columns, prompt.encoded.extents
         source: Any = cache.source
         places = columns.columns_of(compressed=True).to(source.device)
         rows = columns.rows.to(places.device)
@@ -340,7 +343,7 @@ class ETCModelMixin(OwnPositionsModelMixin):
                 values=values,
                 prefix=prefix[columns.present[row, :first]],
                 before=before.get(row, ""),
-                grid=None if grids is None else tuple(grids[image].tolist()),
+                extent=None if extents is None else int(extents[image]),
             )
             before[row] = made.digest
             found.append(made)
@@ -349,7 +352,7 @@ class ETCModelMixin(OwnPositionsModelMixin):
     def _take_compressed(
         self, images: list[CompressedImage], cache: LogicalCache | None, num_compressed: int
     ) -> VisualTokens:
-        """Their numbers of visual tokens and grids. Raises `ValueError` where they can't be used."""
+        """Their numbers of visual tokens and extents. Raises `ValueError` where they can't be used."""
         method = self.config.compression.method
         if cache is None:
             raise ValueError("Compressed images live in the cache: leave use_cache=False out.")
@@ -362,13 +365,16 @@ class ETCModelMixin(OwnPositionsModelMixin):
                     f"The image was compressed to {image.num_tokens} token(s), the model is set to {num_compressed}: "
                     "use set_compression, or compress it again."
                 )
-        grids = None if any(image.grid is None for image in images) else torch.tensor([image.grid for image in images])
         lengths = [image.num_placeholders - num_compressed for image in images]
-        return VisualTokens(self.compressor.embeddings[:0], lengths, grids=grids)
+        found = VisualTokens(self.compressor.embeddings[:0], lengths)
+        if self.keeps_places:
+            found.places = torch.zeros(sum(lengths), self.num_position_axes, dtype=torch.int64)  # nothing reads them
+            found.extents = torch.tensor([image.extent for image in images])
+        return found
 
     def _fits(self, image: CompressedImage) -> bool:
-        """Whether the image's keys are of this model's shape, and its grid is given where positions need it."""
-        if image.keys is None or (image.grid is not None) != ("image_grid_thw" in self.visual_inputs):
+        """Whether the image's keys are of this model's shape, and its extent is given where positions need it."""
+        if image.keys is None or (image.extent is not None) != self.keeps_places:
             return False
         text = self.config.text_config
         head_width = self.language_model.layers[0].self_attn.head_dim

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from foveate.modeling.core.deferred import grid_positions
+from foveate.modeling.core.positions import lay_out_columns
 
 
 class CompressedTokens(nn.Module):
@@ -187,20 +187,22 @@ def take_entries(values: torch.Tensor, index: torch.Tensor, padding: int) -> tor
     return values.gather(1, index.clamp(min=0)).masked_fill(index < 0, padding)
 
 
-def positions_on_grids(columns: ImageColumns, grids: torch.Tensor) -> torch.Tensor:
-    """Qwen's positions in time, height and width, (3, batch, columns), from 0 in each row.
+def positions_by_places(columns: ImageColumns, places: torch.Tensor, extents: torch.Tensor) -> torch.Tensor:
+    """Position ids where an image's tokens have places in it, (dimensions, batch, columns), from 0 in each row.
 
-    Where the largest of an image's ids ends, at p, Z goes on: t = p for all of it, h = w = p, p + 1, …; then the text.
+    Where the largest of an image's ids ends, at p, Z goes on: the first dimension, time, is p for all of it, the others
+    are p, p + 1, …; then the text.
 
     Args:
         columns: of the batch.
-        grids: (images, 2), height and width of each image in tokens; n is their product.
+        places: (visual tokens of all images, dimensions).
+        extents: (images,).
     """
     is_visual, is_compressed = columns.visual, columns.compressed
-    within = torch.where(is_visual, columns.offset, 0)
     is_last = is_visual & (columns.offset == columns.lengths[columns.image] - 1)
-    width = grids[columns.image][..., 1]
-    extents = torch.where(is_last, grids.amax(1)[columns.image], 0)
-    positions = grid_positions(columns.present, is_visual, torch.stack([within // width, within % width]), extents)
+    in_columns = torch.zeros((places.shape[1], *is_visual.shape), dtype=torch.int64)
+    in_columns[:, is_visual] = places.T
+    at_last = torch.where(is_last, extents[columns.image], 0)
+    positions, _ = lay_out_columns(columns.present, is_visual, in_columns, at_last)
     positions[0] -= torch.where(is_compressed, columns.offset - columns.lengths[columns.image], 0)
     return positions

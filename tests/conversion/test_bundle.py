@@ -31,7 +31,7 @@ ALLOWED = {
     ): "of `save_pretrained`: its folder's links, not what "
     "they lead to, so that writing doesn't change the base's files",
     ("processing_base", "", "load_image"): "imported for the next",
-    ("processing_base", "_readable", "load_image"): "Transformers' own, for an image that the user gives as an "
+    ("processing_base", "readable", "load_image"): "Transformers' own, for an image that the user gives as an "
     "address; every processor of Transformers does the same",
     ("processing_question", "QuestionProcessorMixin.save_pretrained", "save_pretrained"): "the second tokenizer, where "
     "the user saves the processor",

@@ -342,7 +342,7 @@ class TestConversionThatFails:
         return tmp_path / "copies"
 
     def test_a_base_that_is_no_llava(self, originals, place):
-        assert_refused("is a 'clip' checkpoint", "convert", originals / "clip", "out")
+        assert_refused("is a 'clip'", "convert", originals / "clip", "out")
 
     def test_a_base_that_is_compressed_already(self, originals, place):
         assert_refused("compressed already", "convert", originals / "compressed", "out")

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import foveate
+from foveate.modeling.core.declarations import ClassReference
 from foveate.registration import StandIn
-from foveate.registry import ClassReference, pairs
+from foveate.registry import pairs
 
 from ..helpers.tiny_checkpoints import write_llava
 
@@ -340,7 +341,7 @@ class TestAStandIn:
         code = """
             import sys
             from foveate.registration import StandIn
-            from foveate.registry import ClassReference
+            from foveate.modeling.core.declarations import ClassReference
             sys.modules.pop("decimal", None)
             lazy = StandIn("Decimal", (), {"reference": ClassReference("decimal", "Decimal")})
             assert issubclass(lazy, object) and repr(lazy) and {lazy: 1} and lazy.__name__ == "Decimal"

@@ -117,7 +117,7 @@ def _spatial(config: Any, stock: dict[str, int], _) -> dict[str, int]:
     length, kept = stock["visual_tokens"], config.compression.count_tokens(stock["visual_tokens"])
     width = config.text_config.hidden_size
     if hasattr(config.vision_config, "deepstack_visual_indexes"):
-        width += width * len(config.vision_config.deepstack_visual_indexes) + 2
+        width += width * len(config.vision_config.deepstack_visual_indexes) + 3  # axes of its place
     return {"visual_tokens": kept, "compressor": 2 * kept * length * width if kept < length else 0}
 
 

@@ -4,8 +4,12 @@
 import logging
 
 
-#: What Transformers' own pipelines and assisted decoding log of their own calls of `generate`.
-_ITS_OWN = "Passing `generation_config` together with generation-related arguments"
+#: What Transformers logs of itself: of its own pipelines' and assisted decoding's calls of `generate`, and of one of
+#: its classes.
+_ITS_OWN = (
+    "Passing `generation_config` together with generation-related arguments",
+    "`PaddleOCRVL",  # its processor, and what inherits it
+)
 
 
 class _Deprecated(logging.Handler):

@@ -15,9 +15,9 @@ from foveate.modeling.compatibility import (
     cache_of,
     iterate_cache_tensors,
 )
-from foveate.modeling.core.deferred import line_positions
+from foveate.modeling.core.positions import lay_out_columns
 from foveate.modeling.methods import etc as modeling_etc
-from foveate.modeling.methods.etc_algorithm import bottleneck_mask, locate_columns, plan_passes, positions_on_grids
+from foveate.modeling.methods.etc_algorithm import bottleneck_mask, locate_columns, plan_passes, positions_by_places
 
 from ..helpers.batches import ROWS, Row, picture, prompt_for
 from ..helpers.checkpointing import checkpoint_activations
@@ -180,12 +180,15 @@ def test_positions_on_a_grid():
     present = torch.ones_like(is_image)
     present[0, 0] = False
     columns = locate_columns(is_image, present, [6, 3], 2)
-    time, height, width = positions_on_grids(columns, torch.tensor([[2, 3], [3, 1]]))[:, 0]
+    grids = ((2, 3), (3, 1))
+    places = torch.tensor([[0, row, column] for rows, width in grids for row in range(rows) for column in range(width)])
+    extents = torch.tensor([max(grid) for grid in grids])
+    time, height, width = positions_by_places(columns, places, extents)[:, 0]
     # The first image begins at 1 and ends before 4; Z at 4 and 5; text 6 and 7; the second from 8 to 10, Z at 11, 12.
     assert time.tolist()[1:] == [0] + [1] * 6 + [4, 4] + [6, 7] + [8] * 3 + [11, 11] + [13]
     assert height.tolist()[1:] == [0, 1, 1, 1, 2, 2, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
     assert width.tolist()[1:] == [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 11, 12, 13]
-    assert line_positions(present)[0, 0].tolist()[1:] == list(range(17))
+    assert lay_out_columns(present)[0][0, 0].tolist()[1:] == list(range(17))
 
 
 def test_positions_before_the_compressed_tokens_are_the_stock_models(made):
@@ -315,12 +318,12 @@ def test_compressed_images_are_refused_where_they_can_not_be(made):
         cache = cache_of(made.model(**again))
     with pytest.raises(ValueError, match="start without a cache"):
         made.model(**again, **cache_argument(cache))
-    flipped = None if image.grid is not None else (2, 2)
+    flipped = None if image.extent is not None else 2
     for wrong in (
         {"keys": image.keys[1:]},
         {"keys": image.keys[..., 1:]},
         {"keys": image.keys[:, 1:]},
-        {"grid": flipped},
+        {"extent": flipped},
     ):
         other = dataclasses.replace(image, **wrong)
         with pytest.raises(ValueError, match="compressed by another model"):

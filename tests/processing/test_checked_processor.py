@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from foveate.processing import base as checked_processor
-from foveate.processing.base import MAX_ASPECT_RATIO, _readable
+from foveate.processing.base import MAX_ASPECT_RATIO, readable
 
 
 def noise(mode="RGB", size=(40, 30)):
@@ -16,7 +16,7 @@ def noise(mode="RGB", size=(40, 30)):
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGBA", "LA", "YCbCr", "F"])
 def test_any_mode_becomes_rgb(mode):
-    found = _readable(noise(mode))
+    found = readable(noise(mode))
     assert (found.mode, found.size) == ("RGB", (40, 30))
     assert len(np.unique(np.asarray(found))) > 1
 
@@ -25,7 +25,7 @@ def test_any_mode_becomes_rgb(mode):
 def test_16_bit_grey_is_scaled_not_clipped(factor):
     """8-bit values in 16 bits as well as the full range."""
     values = np.tile(np.arange(0, 256, 4, dtype=np.uint16), (64, 1))
-    found = _readable(Image.fromarray(values * factor))
+    found = readable(Image.fromarray(values * factor))
     np.testing.assert_array_equal(np.asarray(found)[..., 0], values)
 
 
@@ -37,9 +37,9 @@ def test_of_an_animation_the_first_frame_is_read_and_that_is_said_once(monkeypat
     first.save(file, "GIF", save_all=True, append_images=[second])
     animation = Image.open(file)
     animation.seek(1)
-    assert _readable(animation).getpixel((5, 5)) == (255, 0, 0)
+    assert readable(animation).getpixel((5, 5)) == (255, 0, 0)
     assert said == ["An image has several frames: the first is read, the others aren't."]
-    _readable(noise())
+    readable(noise())
     assert len(said) == 1
 
 
@@ -48,22 +48,22 @@ def test_a_rotation_in_the_exif_data_is_undone():
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     noise().save(file, "JPEG", exif=exif)
-    assert _readable(Image.open(file)).size == (30, 40)
+    assert readable(Image.open(file)).size == (30, 40)
 
 
 def test_a_path_stands_for_its_picture(tmp_path):
     noise().save(tmp_path / "picture.png")
-    assert _readable(str(tmp_path / "picture.png")).size == (40, 30)
+    assert readable(str(tmp_path / "picture.png")).size == (40, 30)
 
 
 @pytest.mark.parametrize("size", [(0, 30), (30, 0), (0, 0)])
 def test_an_image_without_area_is_refused(size):
     with pytest.raises(ValueError, match="there is nothing in it to see"):
-        _readable(Image.new("RGB", size))
+        readable(Image.new("RGB", size))
 
 
 @pytest.mark.parametrize("size", [(1, MAX_ASPECT_RATIO + 1), (3030, 30)])
 def test_an_image_too_narrow_to_be_seen_is_refused(size):
     with pytest.raises(ValueError, match="crop it first"):
-        _readable(Image.new("RGB", size))
-    assert _readable(Image.new("RGB", (3000, 30))).size == (3000, 30)
+        readable(Image.new("RGB", size))
+    assert readable(Image.new("RGB", (3000, 30))).size == (3000, 30)
