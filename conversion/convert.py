@@ -101,7 +101,7 @@ def convert(
     """Makes a checkpoint of a base model into one with visual token compression.
 
     Args:
-        base: folder or hub id of a checkpoint in the llava-hf layout, or `lab:tiny-llava`.
+        base: folder or hub id of a checkpoint in Transformers' own layout (llava-hf's for LLaVA), or `lab:tiny-llava`.
         out: the folder to write. It appears when it is complete, or not at all.
         method: a name in `foveate.registry.METHODS`.
         text_encoder: folder or hub id of the CLIP checkpoint whose text tower reads the question, for methods that do.

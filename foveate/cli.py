@@ -173,7 +173,7 @@ def demo(
 @app.command()
 def convert(
     base: Annotated[
-        str, typer.Argument(metavar="BASE", help="Folder or hub id in the llava-hf layout, or lab:tiny-llava.")
+        str, typer.Argument(metavar="BASE", help="Folder or hub id in Transformers' own layout, or lab:tiny-llava.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
     method: Annotated[str, typer.Option(help="A name that `foveate methods` lists.")] = "recoverable",

@@ -123,8 +123,11 @@ class AnyBackboneMixin(CompressedModelMixin):
 
     def crop_lengths(self, images: Images) -> list[tuple[list[int], int]]:
         """For each image the visual tokens of its crops without compression, and how many separators stand between
-        them, from its inputs alone; of backbones where that is known."""
-        raise NotImplementedError
+        them, from its inputs alone; of backbones where that is known. Raises `ValueError` where it isn't."""
+        raise ValueError(
+            f"How many visual tokens an image of a '{self.config.model_type}' has without compression is not known "
+            "from its inputs, which training by distillation and evaluation need: LLaVA-1.5, LLaVA-NeXT, Qwen3-VL tell."
+        )
 
     @property
     def counts_images(self) -> bool:

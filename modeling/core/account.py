@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from foveate.configuration.compression import MAX_ASPECT_RATIO
-from foveate.errors import FoveateError, first_sentence
+from foveate.errors import FoveateError, bad_input, first_sentence
 from foveate.modeling.compatibility import (
     cache_argument,
     cache_of,
@@ -179,7 +179,8 @@ def count_without_compression(model: Any, image_size: tuple[int, int]) -> int:
     """Tokens of an image of (width, height) pixels if a compressed model, without a head, left none out: the stock
     model's or, of a method that cuts images into views of its own, all patches of these."""
     _require_visible(image_size)
-    ((lengths, num_separators),) = model.crop_lengths(_inputs_of(model, image_size))
+    with bad_input():
+        ((lengths, num_separators),) = model.crop_lengths(_inputs_of(model, image_size))
     return sum(lengths) + num_separators
 
 

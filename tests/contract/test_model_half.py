@@ -129,6 +129,11 @@ def test_generate_goes_on_as_runs_without_a_cache(made):
     assert torch.equal(found, ids)
 
 
+def test_what_needs_lengths_beforehand_is_refused_in_a_sentence(made):
+    with pytest.raises(ValueError, match="not known from its inputs"):
+        made.model.uncompressed_lengths(made.images)
+
+
 @pytest.mark.skipif(not IS_NEWEST, reason="older tables have fewer types")
 def test_every_type_of_the_table_works_or_says_why():
     reasons = {model_type: why_unfit(model_type) for model_type in stock_families()}
